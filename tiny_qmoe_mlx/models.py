@@ -1,0 +1,197 @@
+"""A converted directory as a model of mlx-lm: its own class for the type, with the experts swapped for records.
+
+`load` is the one way in: it checks the files, splits the budget, and connects the layers with the pool.
+"""
+
+import gc
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+
+from tiny_qmoe_mlx import budget as budgets
+from tiny_qmoe_mlx import checkpoint, ops
+from tiny_qmoe_mlx.container import Container, open_model
+from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_cache import ExpertCache
+from tiny_qmoe_mlx.expert_store import ExpertStore
+from tiny_qmoe_mlx.layers import TrellisExperts, use_blas
+from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+class Runtime:
+    """What a loaded model holds beside its weights: files, pool, budget, counters. `model.tiny_qmoe` is one."""
+
+    def __init__(self, container: Container, budget: budgets.Budget, layers: list[TrellisExperts]):
+        kinds = [layer._kind for layer in layers]
+        self.container = container
+        self.budget = budget
+        self.dispatch = ops.Dispatch()
+        self.store = ExpertStore(container, kinds)
+        self.cache = ExpertCache(self.store, budget.slots)
+        lock = threading.Lock()
+        for layer in layers:
+            layer.attach(self.cache, self.dispatch, lock)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since loading; sizes in bytes."""
+        return {
+            "budget_bytes": self.budget.budget_bytes,
+            "resident_bytes": self.budget.weight_bytes + self.cache.pool_bytes,
+            "pool_bytes": self.budget.pool_bytes,
+            "peak_memory_bytes": peak_memory(),
+            "expert_hits": self.cache.hits,
+            "expert_misses": self.cache.misses,
+            "records_read": self.store.records_read,
+            "bytes_read": self.store.bytes_read,
+            "io_wait_s": self.cache.io_wait_s,
+            "lookahead_reads": 0,
+            "mode": self.budget.mode,
+            "dispatch": dict(self.dispatch.counts),
+        }
+
+    def close(self) -> None:
+        """Close the files and free the pool; the model cannot run afterwards."""
+        self.cache.close()
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ops.ExpertKind:
+    """What a layer's experts have in common, from the container's words and the module's activation."""
+    return ops.ExpertKind(layer.matrices, layer.bias, spec.seed, layer.layer, activation)
+
+
+def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
+    """mlx-lm's classes for a config, the model's own extended: experts swapped by class, record tensors left on disk."""
+
+    def classes(config: dict) -> tuple[type, type]:
+        base, args = _get_classes(config)
+
+        class Model(base):  # type: ignore[valid-type, misc]
+            def __init__(self, args: Any):
+                super().__init__(args)
+                swap_experts(self, spec)
+
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                records = tuple(f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums"))
+                kept = {name: w for name, w in weights.items() if name not in records}
+                return super().sanitize(kept) if hasattr(base, "sanitize") else kept
+
+            def close(self) -> None:
+                self.tiny_qmoe.close()
+
+        return Model, args
+
+    return classes
+
+
+def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
+    """Replace every expert layer by a TrellisExperts, in place.
+
+    Raises:
+        FormatError: the config's layers are not the model's.
+    """
+    own = {found.path: found for found in checkpoint.expert_layers(model)}
+    if sorted(own) != sorted(layer.path for layer in spec.layers):
+        raise FormatError("[config.json] the expert layers named in tiny_qmoe should be those of the model and are not; "
+                          "convert the model again with this version.")
+    swapped = []
+    for index, layer in enumerate(spec.layers):
+        found = own[layer.path]
+        received = (checkpoint.expert_count(found), tuple(checkpoint.matrix_shapes(found)), checkpoint.has_bias(found))
+        if received != (layer.experts, layer.matrices, layer.bias):
+            raise FormatError(f"[config.json] {layer.path} should have {received} (experts, matrices, bias) by the model's config, "
+                              f"tiny_qmoe says {(layer.experts, layer.matrices, layer.bias)}; convert the model again.")
+        swapped.append((layer.path, TrellisExperts(index, expert_kind(layer, spec, found.module.activation))))
+    model.update_modules(tree_unflatten(swapped))
+
+
+def trellis_layers(model: nn.Module) -> list[TrellisExperts]:
+    """The model's expert layers in order."""
+    found = [m for m in model.modules() if isinstance(m, TrellisExperts)]
+    return sorted(found, key=lambda m: m._index)
+
+
+def load(
+    path: str | Path,
+    memory: str | int = "auto",
+    context: int = budgets.DEFAULT_CONTEXT,
+    progress: Progress = lambda what, done, total: None,
+    tokenizer: TokenizerWrapper | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a converted model under one memory budget.
+
+    Args:
+        path: a converted directory, or a hub id of one.
+        memory: "6GB", "60%", "auto" or bytes, for everything that the process holds.
+        context: tokens of KV cache that the budget provides for.
+        progress: called with (what, done, total).
+        tokenizer: where it has been opened already.
+
+    Returns:
+        (model, tokenizer) as mlx_lm.load does; `model.tiny_qmoe` has budget and counters, `model.close()` frees.
+
+    Raises:
+        FormatError: the files are not a whole converted model.
+        BudgetError: the budget is too small; the text names the smallest that works.
+    """
+    directory = checkpoint.find_directory(str(path))
+    container = open_model(directory, hash_files=True)
+    cpu = mx.default_device() == mx.cpu
+    budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
+    mx.set_cache_limit(budgets.MLX_CACHE_BYTES)
+    model = _build(directory, container, cpu)
+    model.tiny_qmoe = Runtime(container, budget, trellis_layers(model))
+    if budget.mode == "resident":
+        _load_resident(model.tiny_qmoe, progress)
+    return model, tokenizer or open_tokenizer(directory)
+
+
+def open_tokenizer(directory: Path) -> TokenizerWrapper:
+    """The tokenizer of a converted model; the model's files are checked before one of them is read."""
+    config = open_model(directory).config
+    return load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+
+
+def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
+    try:
+        model, _ = load_model(directory, lazy=True, get_model_classes=model_classes(container.spec))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise FormatError(f"[model] the weights of {directory} do not fit its config: {reason}; convert the model again.") from error
+    if cpu:
+        model.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
+    use_blas(model)
+    mx.eval(model.parameters())
+    gc.collect()
+    mx.clear_cache()
+    return model
+
+
+def _load_resident(runtime: Runtime, progress: Progress) -> None:
+    total = sum(layer.experts for layer in runtime.container.spec.layers)
+    done = 0
+
+    def step(experts: int) -> None:
+        nonlocal done
+        done += experts
+        progress("loading experts", done, total)
+
+    runtime.cache.load_all(step)

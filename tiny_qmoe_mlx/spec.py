@@ -1,0 +1,219 @@
+"""What config.json says of a converted model: its `tiny_qmoe` object (docs/FORMAT.md, section 2), every value checked.
+
+Sizes are bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tiny_qmoe_mlx.codecs.trellis import MAX_DIMENSION, UNIT, side_bytes
+from tiny_qmoe_mlx.errors import FormatError
+
+FORMAT_VERSION, CODEC = 1, "trellis"
+CONFIG = "config.json"
+ALIGNMENTS = (16384, 4096, 1024, 128)
+CHECKSUM_BYTES = 65536
+MAX_EXPERTS, MAX_LAYERS = 65536, 2048  # the rotation's seeds leave a layer's index 11 bits
+MAX_RECORD = 1 << 31
+MATRIX_NAMES = (("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2"))
+AGAIN = "copy or convert the model again"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One MoE layer: module path, decoder layer index, file, experts, record size, (name, rows, columns) of matrices.
+
+    Raises:
+        FormatError: a field has the wrong type, is out of bounds, or contradicts another.
+    """
+
+    path: str
+    layer: int
+    file: str
+    experts: int
+    record_bytes: int
+    matrices: tuple[tuple[str, int, int], ...]
+    bias: bool
+
+    def __post_init__(self) -> None:
+        fine = type(self.path) is str and bool(re.fullmatch(r"[\w.]{1,256}", self.path, re.ASCII))
+        _check(fine, "path should be a module's path", self.path)
+        _check_int(self.layer, 0, MAX_LAYERS - 1, f"the layer index of {self.path}")
+        _check(self.file == expert_file_name(self.layer), f"file should be {expert_file_name(self.layer)}", self.file)
+        _check_int(self.experts, 1, MAX_EXPERTS, f"experts of {self.path}")
+        _check_int(self.record_bytes, UNIT, MAX_RECORD, f"record_bytes of {self.path}")
+        _check(type(self.bias) is bool, f"bias of {self.path} should be true or false", self.bias)
+        _check_matrices(self)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of each matrix, as codecs.trellis.parse takes them."""
+        return [(rows, columns) for _, rows, columns in self.matrices]
+
+    @property
+    def weights(self) -> int:
+        """Expert weights of the layer, without padding and biases."""
+        return self.experts * sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def checksums(self) -> int:
+        """Checksums of one record."""
+        return -(-self.record_bytes // CHECKSUM_BYTES)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of records and checksums: the file without its header."""
+        return self.experts * (self.record_bytes + 8 * self.checksums)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that stands in config.json."""
+        return {**asdict(self), "matrices": [list(m) for m in self.matrices]}
+
+    @staticmethod
+    def from_dict(value: Any) -> "LayerSpec":
+        """Read an object of config.json.
+
+        Raises:
+            FormatError: a key is missing, or a value is not what it should be.
+        """
+        fields = _fields(LayerSpec, value, "a layer")
+        matrices = fields["matrices"]
+        _check(type(matrices) is list and all(type(m) is list for m in matrices), "matrices should be lists", matrices)
+        return LayerSpec(**{**fields, "matrices": tuple(tuple(m) for m in matrices)})
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The `tiny_qmoe` object of config.json; `source` and `calibration` are plain dictionaries as in FORMAT.md.
+
+    Raises:
+        FormatError: a field has the wrong type, is out of bounds, or contradicts another.
+    """
+
+    format_version: int
+    codec: str
+    bits: float
+    alignment: int
+    seed: int
+    layers: tuple[LayerSpec, ...]
+    source: dict[str, Any]
+    calibration: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_version(self.format_version, CONFIG)
+        _check(self.codec == CODEC, f'codec should be "{CODEC}"', self.codec)
+        _check(type(self.bits) in (int, float) and 0 < self.bits <= 64, "bits should lie in 0 to 64", self.bits)
+        _check(self.alignment in ALIGNMENTS, f"alignment should be one of {ALIGNMENTS}", self.alignment)
+        _check_int(self.seed, 0, 2**32 - 1, "seed")
+        _check(0 < len(self.layers) <= MAX_LAYERS, f"layers should be 1 to {MAX_LAYERS}", len(self.layers))
+        for layer in self.layers:
+            fits = layer.record_bytes % self.alignment == 0
+            _check(fits, f"record_bytes of {layer.path} should be a multiple of {self.alignment}", layer.record_bytes)
+        for key in ("path", "layer"):
+            values = [getattr(layer, key) for layer in self.layers]
+            _check(len(set(values)) == len(values), f"every layer's {key} should be its own", values)
+        _check_texts(self.source, "source", "model", "revision")
+        _check_texts(self.calibration, "calibration", "source", None)
+        _check_int(self.calibration.get("tokens"), 0, 2**62, "tokens of calibration")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that stands in config.json."""
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**own, "layers": [layer.to_dict() for layer in self.layers]}
+
+    @staticmethod
+    def from_dict(value: Any) -> "ModelSpec":
+        """Read the object of config.json.
+
+        Raises:
+            FormatError: a key is missing, or a value is not what it should be.
+        """
+        if type(value) is dict:
+            check_version(value.get("format_version"), CONFIG)  # before keys that another version may not have
+        fields = _fields(ModelSpec, value, "tiny_qmoe")
+        _check(type(fields["layers"]) is list, "layers should be a list", fields["layers"])
+        return ModelSpec(**{**fields, "layers": tuple(map(LayerSpec.from_dict, fields["layers"]))})
+
+
+def expert_file_name(layer: int) -> str:
+    """Name of the experts file of a decoder layer."""
+    return f"model-experts-{layer:05d}.safetensors"
+
+
+def bits_per_weight(layers: Iterable[LayerSpec], alignment: int) -> float:
+    """Bits of the experts files per expert weight, headers, side information, padding and checksums counted."""
+    layers = list(layers)
+    total = sum(len(file_header(layer, alignment)) + layer.data_bytes for layer in layers)
+    return 8 * total / sum(layer.weights for layer in layers)
+
+
+def file_tensors(layer: LayerSpec) -> dict[str, Any]:
+    """The two tensors of an experts file, as a safetensors header describes them."""
+    records = layer.experts * layer.record_bytes
+    tensors = {
+        "records": ("U8", [layer.experts, layer.record_bytes], [0, records]),
+        "checksums": ("U64", [layer.experts, layer.checksums], [records, layer.data_bytes]),
+    }
+    keys = ("dtype", "shape", "data_offsets")
+    return {f"{layer.path}.{name}": dict(zip(keys, values, strict=True)) for name, values in tensors.items()}
+
+
+def file_header(layer: LayerSpec, alignment: int) -> bytes:
+    """Length and header of an experts file, padded with spaces so that the data after it is aligned."""
+    text = json.dumps(file_tensors(layer), separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _check(fine: bool, rule: str, received: Any) -> None:
+    if not fine:
+        raise FormatError(f"[{CONFIG}] {rule}, received {_shown(received)}; {AGAIN}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_int(value: Any, low: int, high: int, name: str) -> None:
+    _check(type(value) is int and low <= value <= high, f"{name} should be an integer in {low} to {high}", value)
+
+
+def check_version(value: Any, where: str) -> None:
+    if type(value) is int and value > FORMAT_VERSION:
+        raise FormatError(
+            f"[{where}] format version {FORMAT_VERSION} is read here, received version {_shown(value)}; "
+            "install a newer tiny-qmoe-mlx, or convert the model again."
+        )
+    if type(value) is not int or value != FORMAT_VERSION:
+        raise FormatError(f"[{where}] format_version should be {FORMAT_VERSION}, received {_shown(value)}; {AGAIN}.")
+
+
+def _check_matrices(spec: LayerSpec) -> None:
+    matrices = spec.matrices
+    names = tuple(m[0] for m in matrices if len(m) == 3)
+    _check(len(names) == len(matrices) and names in MATRIX_NAMES, f"matrices should be one of {MATRIX_NAMES}", matrices)
+    for name, rows, columns in matrices:
+        _check_int(rows, 1, MAX_DIMENSION, f"rows of {spec.path}.{name}")
+        _check_int(columns, 1, MAX_DIMENSION, f"columns of {spec.path}.{name}")
+    first, last = matrices[0], matrices[-1]
+    fits = all(m[1:] == first[1:] for m in matrices[:-1]) and last[2] == first[1]
+    _check(fits, f"the matrices of {spec.path} should fit one another", matrices)
+    least = UNIT + sum(side_bytes(rows, columns, False, spec.bias) for rows, columns in spec.shapes)
+    _check(spec.record_bytes >= least, f"record_bytes of {spec.path} should be at least {least}", spec.record_bytes)
+
+
+def _check_texts(value: Any, name: str, required: str, optional: str | None) -> None:
+    fine = type(value) is dict and type(value.get(required)) is str
+    _check(fine, f'{name} should be an object with a text "{required}"', value)
+    if optional:
+        _check(type(value.get(optional)) in (str, type(None)), f"{optional} of {name} should be a text or null", value)
+
+
+def _fields(kind: Any, value: Any, name: str) -> dict[str, Any]:
+    keys = tuple(kind.__dataclass_fields__)
+    _check(type(value) is dict and all(k in value for k in keys), f"{name} should be an object with {keys}", value)
+    return {k: value[k] for k in keys}

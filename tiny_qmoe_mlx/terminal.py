@@ -1,0 +1,156 @@
+"""What all commands share at the terminal: options, progress bars, and errors that are one sentence.
+
+Results go to stdout; progress and errors to stderr. Imports nothing heavy: `--help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, NoReturn
+
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one sentence, like every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the arguments, and leave with status 2."""
+        self.exit(USAGE, f"error: {message}; --help lists all options\n")
+
+
+def parser(command: str, description: str, examples: str = "") -> Parser:
+    """An argument parser for `python -m tiny_qmoe_mlx.<command>`.
+
+    Args:
+        command: the module's name.
+        description: what it does, a few sentences.
+        examples: command lines with comments, printed as they are below the options.
+    """
+    epilog = f"examples:\n{examples.strip(chr(10))}" if examples else None
+    out = Parser(
+        prog=f"python -m tiny_qmoe_mlx.{command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    out.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return out
+
+
+def add_model(to: argparse.ArgumentParser, help: str = "directory of a converted model, hub id, or `demo`") -> None:
+    """Add the required option `--model`."""
+    to.add_argument("--model", required=True, metavar="DIR|HUB_ID|demo", help=help)
+
+
+def add_json(to: argparse.ArgumentParser) -> None:
+    """Add `--json`: the result as JSON, and nothing else, on stdout."""
+    to.add_argument("--json", action="store_true", help="print the result as JSON, nothing else on stdout")
+
+
+def add_quiet(to: argparse.ArgumentParser) -> None:
+    """Add `--quiet`."""
+    to.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    total: float | None = None,
+    description: str = "",
+    quiet: bool = False,
+    unit: str = "it",
+    unit_scale: bool = False,
+) -> Any:
+    """A tqdm bar on stderr; silent with `quiet` (pass --json or --quiet) and where stderr is no terminal.
+
+    Args:
+        iterable: iterated over by the bar; or None, then call `update`.
+        total: its length where that is not known.
+        description: printed before the bar.
+        quiet: no bar.
+        unit: of one step; "B" with unit_scale for bytes.
+        unit_scale: whether to count in k, M, G.
+    """
+    from tqdm import tqdm
+
+    hidden = quiet or not sys.stderr.isatty()
+    return tqdm(
+        iterable, total=total, desc=description, disable=hidden, unit=unit, unit_scale=unit_scale, dynamic_ncols=True
+    )
+
+
+def sentence(error: BaseException) -> str:
+    """An error as one line: its own text, with the file's name where only the system spoke."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError):
+        return "the machine's memory is used up; give a smaller --memory or close other programs"
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"[{error.filename}] {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(text.split()) or type(error).__name__
+
+
+def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run a command and turn what a person can mend into one sentence on stderr.
+
+    Args:
+        main: takes the arguments, returns an exit status (None means 0).
+        argv: arguments; those of the process where None.
+
+    Returns:
+        The exit status: 1 for errors, 130 after Ctrl-C. With `--debug` the error is raised instead.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = main(argv)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        # The reader (head, say) has enough. Python would flush stdout again at exit and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, OSError, ImportError, MemoryError, KeyboardInterrupt) as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+
+
+def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """Let a polite kill unwind, so that nothing half-written stays."""
+    raise SystemExit(TERMINATED)
+
+
+class Bars:
+    """Progress bars by callback: called with (what, done, total), one bar at a time; a context manager."""
+
+    def __init__(self, quiet: bool = False):
+        self._quiet, self._bar, self._what = quiet, None, ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._close()
+            self._bar, self._what = progress(total=total, description=what, quiet=self._quiet), what
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
