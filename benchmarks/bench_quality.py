@@ -22,6 +22,7 @@ from tiny_qmoe_mlx.rates import file_bytes, record_bytes_for
 SEED = 0
 HEADER_BYTES = 512
 GROUP_SIZE = 64
+CHUNK = 64  # tokens whose logits are in memory at once: they should fit the cache
 
 
 def passages(model: Dense, calibration: int, evaluation: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,10 +89,15 @@ def compare(model: Dense, reference: np.ndarray, other: np.ndarray, tokens: np.n
     """Perplexity, mean KL divergence (nats) and top-1 agreement from final hidden states (sequences, 512, d)."""
     loss, divergence, agree = [], [], []
     for ours, theirs, ids in zip(other, reference, tokens, strict=True):
-        p, q = (_log_softmax(state @ model.embedding.T) for state in (theirs, ours))
-        loss.append(-q[np.arange(len(ids) - 1), ids[1:]])
-        divergence.append((np.exp(p) * (p - q)).sum(-1))
-        agree.append(p.argmax(-1) == q.argmax(-1))
+        for start in range(0, len(ids), CHUNK):
+            part = slice(start, start + CHUNK)
+            following = ids[start + 1 : start + CHUNK + 1]
+            p, q = theirs[part] @ model.embedding.T, ours[part] @ model.embedding.T
+            agree.append(p.argmax(-1) == q.argmax(-1))
+            (mass, p_sum), (_, q_sum) = _softmax(p), _softmax(q)
+            loss.append(np.log(q_sum[: len(following)]) - q[np.arange(len(following)), following])
+            p -= q
+            divergence.append(np.einsum("ij,ij->i", mass, p) / p_sum - np.log(p_sum) + np.log(q_sum))
     return {
         "ppl": float(np.exp(np.mean(np.concatenate(loss)))),
         "kl": float(np.mean(np.concatenate(divergence))),
@@ -99,9 +105,11 @@ def compare(model: Dense, reference: np.ndarray, other: np.ndarray, tokens: np.n
     }
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Exponentials and their sums, of logits that are shifted in place so that the largest of a row is 0."""
+    logits -= logits.max(-1, keepdims=True)
+    mass = np.exp(logits)
+    return mass, mass.sum(-1)
 
 
 def dense_rows(asked: list[float], affine_bits: list[int], calibration: int, evaluation: int, length: int) -> list[dict]:

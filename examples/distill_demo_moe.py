@@ -1,11 +1,11 @@
 """Distil the split demo model against the dense one: second step of tiny_qmoe_mlx/data/demo_moe.npz.
 
-Only small parts are learned: routers, a gain per neuron, the norms, and low-rank corrections of gate, up (rank 8) and down
-(rank 16); the pretrained weights stay. Loss: KL divergence to the dense model's next-token distribution at a random half
-of the positions, plus half of the relative error of the last hidden state. AdamW, sequences of 128 tokens.
+Only small parts are learned: routers, a gain per neuron, the norms, and low-rank corrections of gate, up (rank 8) and
+down (rank 16); the pretrained weights stay. Loss: KL divergence to the dense model's next-token distribution at a
+random half of the positions, plus half of the relative error of the last hidden state. AdamW, sequences of 128 tokens.
 
-The file that ships was made from 12 experts x 64, top-6 in two runs of 225 and 137 steps of 8 sequences (12 minutes on 2
-cores), on Wikipedia articles, the Brown corpus, two free manuals and chat answers written by the dense model. Perplexity
+The file that ships (12 experts x 64, top-6) was made in two runs of 225 and 137 steps of 8 sequences, 12 minutes on 2
+cores, on Wikipedia articles, the Brown corpus, two free manuals and chat answers written by the dense model. Perplexity
 of other Wikipedia articles: dense 22.2, split 37.9, distilled 30.5. Runs are not reproducible to the bit.
 
 Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`.
@@ -27,13 +27,15 @@ from torch import nn
 
 LENGTH = 128  # tokens of one training sequence
 RANKS = {"gate": 8, "up": 8, "down": 16}
-# Learning rate as a fraction of the tensor's own root mean square; the low-rank corrections start at zero and take --lr.
+# Learning rate as a fraction of the tensor's own root mean square. Low-rank corrections start at zero and take --lr.
 STEP_SIZE = {"router": 0.02, "gain": 0.002, "input_norm": 0.001, "post_attention_norm": 0.001, "final_norm": 0.001}
 
 
 class SplitFeedForward(nn.Module):
-    """A feed-forward layer as shared and routed experts. All experts are computed and then masked: the same numbers as
-    a sparse evaluation. Neurons are stored in the order shared, expert 0, expert 1, ..."""
+    """A feed-forward layer as a shared and routed experts, neurons in the order shared, expert 0, expert 1, ...
+
+    All experts are computed and then masked: the same numbers as a sparse evaluation.
+    """
 
     def __init__(self, mlp: nn.Module, order: torch.Tensor, router: torch.Tensor, layout: tuple[int, int, int]):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Split the dense SmolLM2-135M-Instruct into the demo's mixture of experts: first step of tiny_qmoe_mlx/data/demo_moe.npz.
+"""Split the dense SmolLM2-135M-Instruct into a mixture of experts: first step of tiny_qmoe_mlx/data/demo_moe.npz.
 
-In every feed-forward layer the neurons that contribute most on average become the shared expert; the others are clustered
-by when they fire (balanced k-means, as in MoEfication, arXiv 2110.01786) into routed experts, and a linear router is
-fitted by ridge regression to the experts' energies. No weight is changed: the result is an order of neurons and a router.
-On its own it costs much (perplexity 22 -> 38 on Wikipedia text); distill_demo_moe.py wins back half of that.
+In every feed-forward layer the neurons that contribute most on average become the shared expert; the others are
+clustered by when they fire (balanced k-means, as in MoEfication, arXiv 2110.01786) into routed experts, and a linear
+router is fitted by ridge regression to the experts' energies. No weight is changed: the result is an order of neurons
+and a router. On its own it costs much (perplexity 22 -> 38 on Wikipedia text); distill_demo_moe.py wins back half.
 
 Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`. About a minute on 2 cores.
 
@@ -12,6 +12,7 @@ Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`. About a minute 
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import dense_smollm2
@@ -72,7 +73,7 @@ def balanced_kmeans(points: np.ndarray, clusters: int, rng: np.random.Generator,
 
 
 @torch.no_grad()
-def split_layer(x: torch.Tensor, mlp, layout: tuple[int, int, int], rng, spread: float) -> tuple[np.ndarray, np.ndarray]:
+def split_layer(x: torch.Tensor, mlp, layout: Sequence[int], rng, spread: float) -> tuple[np.ndarray, np.ndarray]:
     """Order of the neurons (neurons,) and router (experts, hidden) of one layer.
 
     Args:
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--shared", type=int, default=768, help="neurons of the shared expert (default 768)")
     parser.add_argument("--experts", type=int, default=12, help="routed experts (default 12)")
     parser.add_argument("--top-k", type=int, default=6, help="routed experts a token takes (default 6)")
-    parser.add_argument("--spread", type=float, default=0.15, help="spread of the chosen experts' logits (default 0.15)")
+    parser.add_argument("--spread", type=float, default=0.15, help="of the chosen experts' logits (default 0.15)")
     parser.add_argument("--layers", type=int, help="stop after so many layers, for a quick try; nothing is written")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

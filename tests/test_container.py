@@ -593,7 +593,8 @@ def test_leftovers_go_when_their_process_is_gone(tmp_path):
     """A killed conversion leaves its directory; the next one removes it, but never a running one's."""
     code = (
         "import sys, time\nfrom tiny_qmoe_mlx.staging import staged_directory\n"
-        "with staged_directory(sys.argv[1]) as d:\n    (d / 'a').write_text('x'); print('ready', flush=True); time.sleep(60)"
+        "with staged_directory(sys.argv[1]) as d:\n"
+        "    (d / 'a').write_text('x'); print('ready', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
     try:
@@ -650,7 +651,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk):
 
 
 def test_importing_the_package_does_not_import_mlx():
-    code = "import sys, tiny_qmoe_mlx, tiny_qmoe_mlx.terminal, tiny_qmoe_mlx.container; print('mlx.core' in sys.modules)"
+    code = (
+        "import sys, tiny_qmoe_mlx, tiny_qmoe_mlx.terminal, tiny_qmoe_mlx.container; print('mlx.core' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

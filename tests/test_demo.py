@@ -109,16 +109,19 @@ def test_logits_of_mlx_lm_equal_a_plain_numpy_forward(source, tensors, tokenizer
 
 @weights
 def test_perplexity_is_near_the_dense_models(tensors, tokenizer):
-    ids = tokenizer.encode(demo.calibration_text_path().read_text(encoding="utf-8")[:4000])[:512]
+    ids = tokenizer.encode(PASSAGE)
     logits = numpy_forward(tensors, ids)[:-1]
-    peak = logits.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(logits - peak).sum(-1)) + peak[:, 0]
-    perplexity = np.exp(np.mean(log_sum - logits[np.arange(len(logits)), ids[1:]]))
-    assert 1.5 < perplexity < PERPLEXITY_BOUND
+    logits -= logits.max(-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    perplexity = np.exp(-log_p[np.arange(len(log_p)), ids[1:]].mean())
+    # Observed @@; the dense model has @@, a model with one wrong permutation more than 1000.
+    assert 5 < perplexity < 30
 
 
-# TODO
-PERPLEXITY_BOUND = 15
+# Facts that no language model finds easy word by word, in 90 tokens; of nobody's writing but ours.
+PASSAGE = """The water that falls as rain does not stay where it falls. Some of it sinks into the ground, where plants drink it,
+and some runs down into rivers and lakes. In the heat of the sun it rises again as vapour, cools high above the land, and
+becomes clouds. After some days the clouds give it back to the earth, and the journey begins once more."""
 
 
 def numpy_forward(tensors, ids, heads=9, kv_heads=3, top_k=6, layers=30):
@@ -164,10 +167,12 @@ def feed_forward(x, w, top_k):
         return gate / (1 + np.exp(-gate)) * up @ w[f"mlp.{name}.down_proj"].T
 
     p = softmax(x @ w["mlp.gate"].T)
+    p[np.arange(len(p))[:, None], np.argsort(p)[:, :-top_k]] = 0
+    p /= p.sum(-1, keepdims=True)
     y = glu(x, "shared_experts")
-    for row, chosen in enumerate(np.argsort(-p)[:, :top_k]):
-        for expert in chosen:
-            y[row] += p[row, expert] / p[row, chosen].sum() * glu(x[row : row + 1], f"experts.{expert}")[0]
+    for expert in range(p.shape[1]):
+        rows = np.flatnonzero(p[:, expert])
+        y[rows] += p[rows, expert, None] * glu(x[rows], f"experts.{expert}")
     return y
 
 
@@ -182,7 +187,7 @@ def test_artifact_orders_every_neuron_once():
 
 
 @weights
-@pytest.mark.parametrize("text", ["Hello, world!", "naïve café, 12345 €", "def f(x):\n\treturn x  # 2\n", "水 🙂", "  a"])
+@pytest.mark.parametrize("text", ["Hello, world!", "naïve café, 12345 €", "def f(x):\n\treturn 2\n", "水 🙂", "  a"])
 def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -196,21 +201,27 @@ def test_tokenizer_splits_digits_and_knows_the_chat_markup(tokenizer):
 
 
 @weights
-@pytest.mark.parametrize("word", ["evaporation", " unbelievable", " Hadamard", "photosynthesis"])
-def test_tokenizer_merges_as_the_files_rules_say(tokenizer, word):
+def test_tokenizer_merges_as_the_files_rules_say(tokenizer):
     from gguf import GGUFReader
 
     fields = GGUFReader(str(demo.weights_path())).fields
     rank = {merge: i for i, merge in enumerate(fields["tokenizer.ggml.merges"].contents())}
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    parts = list(word.replace(" ", "Ġ"))
-    while True:  # byte pair encoding, word for word: join the pair of lowest rank until none is left
-        pairs = [(rank[f"{a} {b}"], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if f"{a} {b}" in rank]
-        if not pairs:
+    for word in ("evaporation", " unbelievable", " Hadamard", "photosynthesis"):
+        want = byte_pairs(list(word.replace(" ", "Ġ")), rank)
+        assert [tokens[i] for i in tokenizer.encode(word)] == want
+
+
+def byte_pairs(parts, rank):
+    """Byte pair encoding, word for word: join the pair of lowest rank until none is left."""
+    while len(parts) > 1:
+        pairs = [f"{a} {b}" for a, b in zip(parts, parts[1:], strict=False)]
+        best = min(pairs, key=lambda pair: rank.get(pair, len(rank)))
+        if best not in rank:
             break
-        _, i = min(pairs)
+        i = pairs.index(best)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    assert [tokens[i] for i in tokenizer.encode(word)] == parts
+    return parts
 
 
 # Calibration text

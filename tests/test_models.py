@@ -121,7 +121,7 @@ def test_counters_add_up(converted):
         assert stats["bytes_read"] == stats["records_read"] * size
         total = sum(layer.experts for layer in open_model(directory).spec.layers)
         assert stats["records_read"] == (total if share == 1 else stats["expert_misses"])
-        assert stats["expert_hits"] > 0
+        assert stats["expert_hits"] > 0 or share == 0  # with the fewest slots each layer drives out the one before
         assert stats["pool_bytes"] <= stats["budget_bytes"]
         model.close()
 

@@ -22,23 +22,23 @@ class LayerTokens:
     chosen: np.ndarray
 
 
-def read_text(path: Path) -> str:
-    """A calibration file's text.
+def read_text(path: Path, where: str = "calibration") -> str:
+    """The text of a calibration file, or of another one that `where` names in errors.
 
     Raises:
         FormatError: missing, empty, or not UTF-8 text.
     """
     if not path.is_file():
-        raise FormatError(f"[calibration] {path} should be a text file; there is no such file.")
+        raise FormatError(f"[{where}] {path} should be a text file; there is no such file.")
     raw = path.read_bytes()
     if not raw.strip():
-        raise FormatError(f"[calibration] {path} should hold text, it is empty.")
+        raise FormatError(f"[{where}] {path} should hold text, it is empty.")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(f"[calibration] {path} should be UTF-8 text, byte {error.start} is not; is it a binary file?") from error
+        raise FormatError(f"[{where}] {path} should be UTF-8 text, byte {error.start} is not; is it a binary file?") from error
     if "\0" in text:
-        raise FormatError(f"[calibration] {path} should be text, byte {text.index(chr(0))} is NUL; is it a binary file?")
+        raise FormatError(f"[{where}] {path} should be text, byte {text.index(chr(0))} is NUL; is it a binary file?")
     return text
 
 

@@ -13,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.errors import FormatError
 
+ROUTED = re.compile(r"\.(experts|switch_mlp|switch_glu)\.")  # names of routed experts' tensors, in checkpoints and in mlx-lm
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.jsonl"]
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
@@ -101,6 +103,41 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
         reason = " ".join(str(error).split())[:300]
         raise FormatError(f"[model] mlx-lm cannot load {directory} (model_type {config['model_type']}): {reason}") from error
     return model, config
+
+
+def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
+    """The tokenizer in a model directory.
+
+    Raises:
+        FormatError: there is none, or it is damaged.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+        works = bool(tokenizer.encode("a", add_special_tokens=False))  # transformers makes an empty one where there are no files
+    except Exception as error:  # whatever the libraries trip over in a damaged file
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise FormatError(f"[tokenizer] {directory} should hold a tokenizer that transformers can load, it cannot: {reason}") from error
+    if not works:
+        raise FormatError(f"[tokenizer] {directory} should hold a tokenizer (tokenizer.json, or tokenizer.model) and holds none.")
+    return tokenizer
+
+
+def check_finite(directory: Path) -> None:
+    """Look for NaN and Inf in the tensors that are no routed experts' (those are checked when they are quantized).
+
+    Raises:
+        ValueError: with the tensor's name; MLX's quantization would hide a NaN.
+    """
+    for file in sorted(directory.glob("model*.safetensors")):
+        tensors = mx.load(str(file))
+        for name in list(tensors):
+            array = tensors.pop(name)  # popped, so that it is freed once it has been looked at
+            if ROUTED.search(name) or not mx.issubdtype(array.dtype, mx.floating):
+                continue
+            if not mx.isfinite(array).all().item():
+                raise ValueError(f"[{file.name}] {name} should be finite, received NaN or Inf; download the checkpoint again.")
 
 
 def expert_layers(model: nn.Module) -> list[ExpertLayer]:

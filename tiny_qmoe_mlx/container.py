@@ -94,7 +94,8 @@ def write_experts_file(directory: str | Path, layer: LayerSpec, alignment: int, 
         ValueError: a record of another size or type, or another number of records.
         OSError: the disk is full, or as the system says. Nothing is left behind.
     """
-    header, sums = file_header(layer, alignment), []
+    header = file_header(layer, alignment)
+    sums: list[np.ndarray] = []
     with atomic_file(Path(directory) / layer.file) as file:
         file.write(header)
         for record in records:
@@ -120,7 +121,8 @@ def write_manifest(directory: str | Path) -> None:
         FormatError: config.json or an experts file is not what the format asks for.
     """
     directory = Path(directory)
-    spec, files = read_config(directory)[1], {}
+    spec = read_config(directory)[1]
+    files: dict[str, dict[str, Any]] = {}
     layers = {layer.file: layer for layer in spec.layers}
     for path in sorted(p for p in directory.iterdir() if p.name != MANIFEST):
         if not path.is_file():

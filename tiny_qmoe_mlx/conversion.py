@@ -14,13 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.utils import load_tokenizer, save_model
+from mlx_lm.utils import save_model
 
 from tiny_qmoe_mlx import calibrate, checkpoint, native, ops
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import bits_per_weight, write_experts_file, write_manifest
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.layers import use_blas
+from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.quantize import quantize_layer, record_bytes_for
 from tiny_qmoe_mlx.spec import CODEC, FORMAT_VERSION, LayerSpec, ModelSpec, expert_file_name
 from tiny_qmoe_mlx.staging import check_space, check_target, staged_directory, write_json
@@ -96,6 +96,7 @@ def convert(
     layers = checkpoint.expert_layers(model)
     spec = _plan_layers(layers, settings, str(hf_path))
     batch = _calibration_tokens(source, config, settings)
+    checkpoint.check_finite(source)
     spec.calibration["tokens"] = 0 if batch is None else int(batch.size)
     check_space(mlx_path, sum(layer.data_bytes for layer in spec.layers))
     with staged_directory(mlx_path, overwrite) as directory:
@@ -115,6 +116,8 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"[convert] rest bits should be 4, 6, 8 or 16, received {settings.rest_bits}.")
     if settings.length not in trellis.LENGTHS:
         raise ValueError(f"[convert] the trellis length should be one of {trellis.LENGTHS}, received {settings.length}.")
+    if not 0 <= settings.seed < 2**32:
+        raise ValueError(f"[convert] the seed should lie in 0 to {2**32 - 1}, received {settings.seed}.")
     if min(settings.sequences, settings.sequence_tokens) < 1:
         raise ValueError("[convert] calibration should have at least one sequence of one token.")
 
@@ -146,8 +149,8 @@ def _calibration_tokens(source: Path, config: dict, settings: Settings) -> np.nd
         return None
     file = BUILTIN_TEXT if settings.calibration == "builtin" else Path(settings.calibration)
     text = calibrate.read_text(file)
-    tokenizer = load_tokenizer(source, eos_token_ids=config.get("eos_token_id"))
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    tokenizer = checkpoint.open_tokenizer(source, config)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than the context, on purpose
     return calibrate.token_batch(ids, settings.sequences, settings.sequence_tokens, str(file))
 
 
@@ -227,7 +230,7 @@ def _run_tokens(model: nn.Module, layers: list[checkpoint.ExpertLayer], spec: Mo
     model.update_modules(tree_unflatten(stand_ins))
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
-    use_blas(model)
+    use_cpu_kernels(model)
     model(mx.array(batch))
     missing = [layer.path for layer in spec.layers if layer.path not in passed]
     if missing:

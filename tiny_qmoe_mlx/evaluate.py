@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx.staging import MANIFEST
 
 EXAMPLES = """
   python -m tiny_qmoe_mlx.evaluate --model qwen3-2bit --text held-out.txt
@@ -86,22 +87,26 @@ def cut(ids: list[int], length: int, tokens: int) -> list[list[int]]:
     return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
 
 
-def open_any(name: str, memory: str | int = "auto", quiet: bool = False) -> tuple[Any, Any]:
+def open_any(name: str, memory: str | int = "auto", quiet: bool = False, context: int = 512) -> tuple[Any, Any]:
     """(model, tokenizer) of a converted model, or of an original checkpoint, whole in memory by plain mlx-lm."""
-    from tiny_qmoe_mlx import checkpoint, layers, models
+    from tiny_qmoe_mlx import budget, checkpoint, layers, models
 
     directory = locate.model_directory(name, quiet)
-    if "tiny_qmoe" in checkpoint.read_config(directory):
+    converted = "tiny_qmoe" in checkpoint.read_config(directory) or (directory / MANIFEST).is_file()
+    tokenizer = models.open_tokenizer(directory) if converted else None
+    limit = budget.longest_context(checkpoint.read_config(directory))
+    if context > limit:
+        raise ValueError(f"[evaluate] --window should be at most the model's context of {limit} tokens, received {context}.")
+    if converted:
         with terminal.Bars(quiet) as bars:
-            return models.load(directory, memory, progress=bars)
+            return models.load(directory, memory, context, bars, tokenizer)
     import mlx.core as mx
-    from mlx_lm.utils import load_tokenizer
 
     model, config = checkpoint.load_lazy(directory)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
-    layers.use_blas(model)
-    return model, load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+    layers.use_cpu_kernels(model)
+    return model, checkpoint.open_tokenizer(directory, config)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,9 +131,9 @@ def main(argv: list[str]) -> int:
     quiet = args.quiet or args.json
     from tiny_qmoe_mlx.calibrate import read_text
 
-    text = read_text(Path(args.text))
-    model, tokenizer = open_any(args.model, args.memory, quiet)
-    against = open_any(args.against, args.memory, quiet)[0] if args.against else None
+    text = read_text(Path(args.text), "text")
+    model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
+    against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
     windows = cut(tokenizer.encode(text, add_special_tokens=False), args.window, args.tokens)
     with terminal.Bars(quiet) as bars:
         found = evaluate(model, windows, against, bars)

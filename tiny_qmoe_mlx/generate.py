@@ -67,12 +67,16 @@ def main(argv: list[str]) -> int:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text or not text.strip():
         raise ValueError("[prompt] should be some text, it is empty; give --prompt TEXT, or --prompt - and text on standard input.")
+    if args.stats and (Path(args.stats).is_dir() or not Path(args.stats).absolute().parent.is_dir()):
+        raise ValueError(f"[generate] --stats should name a file in a directory that exists, received {args.stats}.")
     directory = locate.model_directory(args.model, args.quiet or args.json)
 
     from tiny_qmoe_mlx import models
 
     tokenizer = models.open_tokenizer(directory)
     prompt = _prompt_ids(tokenizer, text, args)
+    if not prompt:
+        raise ValueError("[prompt] should have at least one token, this model's tokenizer makes none of it; give another text.")
     context = _context(directory, len(prompt), args)
     with terminal.Bars(args.quiet or args.json) as bars:
         model, _ = models.load(directory, args.memory, context, bars, tokenizer)
@@ -97,7 +101,8 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     for name, value in (own if args.model == locate.DEMO else common).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, low, high in (("max_tokens", 1, 1 << 20), ("temp", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0.01, 100)):
+    for name, low, high in (("max_tokens", 1, 1 << 20), ("temp", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0.01, 100),
+                            ("seed", 0, 2**64 - 1)):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"[generate] --{name.replace('_', '-')} should lie in {low} to {high}, received {getattr(args, name)}.")
 

@@ -1,6 +1,6 @@
 """What `--model` names: a directory, a hub id, or `demo`, which is built and converted on first use.
 
-`python -m tiny_qmoe_mlx.locate demo` prints the directory.
+`python -m tiny_qmoe_mlx.locate demo` prints the directory. Imports nothing heavy, as `terminal` does not.
 """
 
 import os
@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_qmoe_mlx import demo, terminal
+from tiny_qmoe_mlx import terminal
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.spec import FORMAT_VERSION
 from tiny_qmoe_mlx.staging import MANIFEST
 
 DEMO = "demo"
@@ -38,11 +37,15 @@ def model_directory(name: str, quiet: bool = False) -> Path:
 
 def demo_directory() -> Path:
     """Where the converted demo model lies, or will."""
+    from tiny_qmoe_mlx import demo
+    from tiny_qmoe_mlx.spec import FORMAT_VERSION
+
     return demo.cache_directory() / f"demo-{DEMO_BITS:g}bit-v{FORMAT_VERSION}.{demo.RECIPE}.{CONVERTER}"
 
 
 def build_demo(quiet: bool = False) -> None:
     """Build the demo's original and convert it; several processes may do so at once."""
+    from tiny_qmoe_mlx import demo
     from tiny_qmoe_mlx.convert import convert
 
     with terminal.Bars(quiet) as bars:

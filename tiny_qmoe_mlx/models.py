@@ -15,15 +15,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import checkpoint, ops
-from tiny_qmoe_mlx.container import Container, open_model
+from tiny_qmoe_mlx.container import Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_store import ExpertStore
-from tiny_qmoe_mlx.layers import TrellisExperts, use_blas
+from tiny_qmoe_mlx.layers import TrellisExperts, use_cpu_kernels
 from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -164,8 +164,11 @@ def load(
 
 def open_tokenizer(directory: Path) -> TokenizerWrapper:
     """The tokenizer of a converted model; the model's files are checked before one of them is read."""
-    config = open_model(directory).config
-    return load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+    container = open_model(directory)
+    for name, entry in container.files.items():
+        if not name.endswith((".safetensors", ".md")):  # those of weights are left to `load`; a model card may be edited
+            check_hash(directory, name, entry)
+    return checkpoint.open_tokenizer(directory, container.config)
 
 
 def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
@@ -178,7 +181,7 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
         raise FormatError(f"[model] the weights of {directory} do not fit its config: {reason}; convert the model again.") from error
     if cpu:
         model.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
-    use_blas(model)
+    use_cpu_kernels(model)
     mx.eval(model.parameters())
     gc.collect()
     mx.clear_cache()

@@ -53,6 +53,15 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "tq_check_record": ([pointer, u64, pointer, i32, i32], i32),
         "tq_record_shape": ([pointer, u64, i32, pointer], i32),
         "tq_dequantize": ([pointer, u64, i32, i64, i64, pointer], i32),
+        "tq_affine_qmv": ([pointer, pointer, pointer, i32, i64, i64, pointer, i32, pointer], i32),
+        "tq_gather_qmv": (
+            [pointer, u64, pointer, i64, i32, pointer, i64, i64, pointer, pointer, i64, pointer],
+            i32,
+        ),
+        "tq_gather_moe": (
+            [pointer, u64, pointer, i64, pointer, i64, i64, i64, i64, pointer, pointer, pointer, i32, f32, f32, pointer],
+            i32,
+        ),
     }
     for name, (arguments, result) in signatures.items():
         function = getattr(library, name)
@@ -229,3 +238,142 @@ def dequantize(
     status = library.tq_dequantize(_pointer(data), data.size, matrix, row_start, row_stop, _pointer(out))
     _check("dequantize", status)
     return out
+
+
+# ---- products
+
+
+def _picks(where: str, pool, offsets, x, rows_of) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    pool = _array(where, "pool", pool, np.uint8, (None,))
+    offsets = _array(where, "offsets", offsets, np.int64, (None,))
+    x = _array(where, "x", x, np.float32, (None, None))
+    rows_of = _array(where, "rows_of", rows_of, np.int32, offsets.shape)
+    if offsets.size and not (0 <= offsets.min() and offsets.max() < pool.size):
+        raise ValueError(
+            f"[native.{where}] offsets should lie in 0 to {pool.size - 1}, received {offsets.min()} to {offsets.max()}."
+        )
+    if rows_of.size and not (0 <= rows_of.min() and rows_of.max() < len(x)):
+        raise ValueError(
+            f"[native.{where}] rows_of should lie in 0 to {len(x) - 1}, received {rows_of.min()} to {rows_of.max()}."
+        )
+    return pool, offsets, x, rows_of
+
+
+def gather_qmv(
+    pool: np.ndarray,
+    offsets: np.ndarray,
+    matrix: int,
+    x: np.ndarray,
+    rows_of: np.ndarray,
+    sign: np.ndarray,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """One matrix of the picked experts times their tokens, straight from the records.
+
+    y[p] = Q(record at pool + offsets[p]) @ rotate(x[rows_of[p]], sign) + bias. Picks of the same record decode once.
+
+    Args:
+        pool: u8 (bytes,), records that passed `check_record`.
+        offsets: i64 (picks,), where each pick's record begins.
+        matrix: index of the matrix in the records.
+        x: float32 (tokens, columns), columns as in the model.
+        rows_of: i32 (picks,), the token of each pick.
+        sign: float32 (padded columns,), from `codecs.rotation.signs`.
+        out: float32 (picks, rows) to fill; None makes one.
+
+    Returns:
+        float32 (picks, rows).
+
+    Raises:
+        ValueError: an argument does not fit the records.
+    """
+    library = _need()
+    pool, offsets, x, rows_of = _picks("gather_qmv", pool, offsets, x, rows_of)
+    sign = _array("gather_qmv", "sign", sign, np.float32, (padded_columns(x.shape[1]),))
+    if not offsets.size:
+        return np.empty((0, 0), np.float32) if out is None else out
+    rows, _ = _shape("gather_qmv", pool, int(offsets[0]), matrix)
+    out = _output("gather_qmv", out, (offsets.size, rows))
+    status = library.tq_gather_qmv(
+        *(_pointer(pool), pool.size, _pointer(offsets), offsets.size, matrix),
+        *(_pointer(x), *x.shape, _pointer(rows_of), _pointer(sign), rows, _pointer(out)),
+    )
+    _check("gather_qmv", status)
+    return out
+
+
+def gather_moe(
+    pool: np.ndarray,
+    offsets: np.ndarray,
+    x: np.ndarray,
+    rows_of: np.ndarray,
+    sign_in: np.ndarray,
+    sign_mid: np.ndarray,
+    activation: str,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """The whole expert of each pick: gate, up, activation, rotation, down (or fc1, activation, rotation, fc2).
+
+    Args:
+        pool, offsets, x, rows_of: as in `gather_qmv`.
+        sign_in: float32 (padded columns of x,), signs of side 0.
+        sign_mid: float32 (padded rows of gate,), signs of side 1.
+        activation: SILU and GELU_TANH: act(gate) * up; SWIGLU_OAI: gpt-oss's, with alpha and limit; RELU2: relu(fc1)^2
+            of experts with two matrices.
+        alpha, limit: of SWIGLU_OAI.
+        out: float32 (picks, rows of down) to fill; None makes one.
+
+    Returns:
+        float32 (picks, rows of down).
+
+    Raises:
+        ValueError: an argument does not fit the records.
+    """
+    library = _need()
+    pool, offsets, x, rows_of = _picks("gather_moe", pool, offsets, x, rows_of)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"[native.gather_moe] activation should be one of {ACTIVATIONS}, received {activation!r}.")
+    sign_in = _array("gather_moe", "sign_in", sign_in, np.float32, (padded_columns(x.shape[1]),))
+    if not offsets.size:
+        return np.empty((0, 0), np.float32) if out is None else out
+    rows, middle = _shape("gather_moe", pool, int(offsets[0]), 1 if activation == RELU2 else 2)
+    sign_mid = _array("gather_moe", "sign_mid", sign_mid, np.float32, (padded_columns(middle),))
+    out = _output("gather_moe", out, (offsets.size, rows))
+    status = library.tq_gather_moe(
+        *(_pointer(pool), pool.size, _pointer(offsets), offsets.size, _pointer(x), *x.shape, middle, rows),
+        *(_pointer(rows_of), _pointer(sign_in), _pointer(sign_mid)),
+        *(ACTIVATIONS.index(activation), alpha, limit, _pointer(out)),
+    )
+    _check("gather_moe", status)
+    return out
+
+
+def affine_qmv(weights: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, x: np.ndarray) -> np.ndarray:
+    """Up to 8 tokens times an MLX affine matrix with groups of 64 columns: `mx.quantized_matmul(x, ..., transpose=True)`.
+
+    Args:
+        weights: u32 (rows, columns * bits / 32), as mx.quantize packs them.
+        scales, biases: float32 (rows, columns / 64).
+        bits: 4 or 8.
+        x: float32 (1 to 8 tokens, columns).
+
+    Returns:
+        float32 (tokens, rows).
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+    """
+    library = _need()
+    x = _array("affine_qmv", "x", x, np.float32, (None, None))
+    rows, (tokens, columns) = len(weights), x.shape
+    if bits not in (4, 8) or columns % 64 or not 1 <= tokens <= 8:
+        raise ValueError(f"[native.affine_qmv] takes 4 or 8 bits, columns in whole groups of 64 and 1 to 8 tokens, received {bits}, {columns}, {tokens}.")
+    weights = _array("affine_qmv", "weights", weights, np.uint32, (rows, columns * bits // 32))
+    scales = _array("affine_qmv", "scales", scales, np.float32, (rows, columns // 64))
+    biases = _array("affine_qmv", "biases", biases, np.float32, (rows, columns // 64))
+    y = np.empty((tokens, rows), np.float32)
+    status = library.tq_affine_qmv(*map(_pointer, (weights, scales, biases)), bits, rows, columns, _pointer(x), tokens, _pointer(y))
+    _check("affine_qmv", status)
+    return y

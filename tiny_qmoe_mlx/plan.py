@@ -55,7 +55,7 @@ def plan(directory: str | Path, memory: str | int = "auto", context: int | None 
 
     container = open_model(directory)
     limit = budget.longest_context(container.config)
-    context = context or min(budget.DEFAULT_CONTEXT, limit)
+    context = min(budget.DEFAULT_CONTEXT, limit) if context is None else context
     if not 0 < context <= limit:
         raise ValueError(f"[plan] --context should lie in 1 to the model's {limit}, received {context}.")
     asked = budget.parse_memory(memory)

@@ -137,7 +137,8 @@ class Bars:
     """Progress bars by callback: called with (what, done, total), one bar at a time; a context manager."""
 
     def __init__(self, quiet: bool = False):
-        self._quiet, self._bar, self._what = quiet, None, ""
+        self._quiet, self._what = quiet, ""
+        self._bar: Any = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:

@@ -149,9 +149,7 @@ def main(argv: list[str]) -> int:
     directory = locate.model_directory(args.model, quiet=args.json or args.quiet)
     files = read_manifest(directory)
     size = sum(entry["bytes"] for entry in files.values())
-    bar = terminal.progress(
-        total=size, description="verify", quiet=args.json or args.quiet, unit="B", unit_scale=True
-    )
+    bar = terminal.progress(total=size, description="verify", quiet=args.json or args.quiet, unit="B", unit_scale=True)
     with bar:
         problems = list(find_problems(directory, bar.update))
     if args.json:

@@ -1,6 +1,10 @@
 // Decoding of superblocks, plain and fused with the multiplication. Included by each instruction-set file after kLanes.
 // Lane = row: a vector holds the same window of kLanes consecutive rows. Written with the compiler's vector extension.
 
+// Every window's code must land in one loop body: a call in between would spill all sums.
+#define TQMOE_INLINE_LAMBDA __attribute__((always_inline))
+#define TQMOE_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 using namespace tqmoe;
@@ -57,7 +61,7 @@ struct Words {
 };
 
 template <int Rate>
-inline Words<kPlanes[Rate]> load_planes(const uint8_t* block, int h) {
+TQMOE_INLINE Words<kPlanes[Rate]> load_planes(const uint8_t* block, int h) {
   constexpr int planes = kPlanes[Rate];
   Words<planes> w;
   const int neighbour = (h + 1) % kVectorsOfRows;
@@ -72,7 +76,7 @@ inline Words<kPlanes[Rate]> load_planes(const uint8_t* block, int h) {
 
 // 32 bits of a row's segment from bit At on; zeros follow its end.
 template <int At, int Planes>
-inline U segment_bits(const U* words) {
+TQMOE_INLINE U segment_bits(const U* words) {
   constexpr int word = At / 32, shift = At % 32;
   if constexpr (shift == 0) {
     return words[word];
@@ -85,7 +89,7 @@ inline U segment_bits(const U* words) {
 
 // 32 bits of the tile's bitstring from bit Offset of the row's part of tile Tile on.
 template <int Rate, int Tile, int Offset>
-inline U tile_bits(const Words<kPlanes[Rate]>& w) {
+TQMOE_INLINE U tile_bits(const Words<kPlanes[Rate]>& w) {
   constexpr int planes = kPlanes[Rate], part = 8 * planes, left = part - Offset;
   U own = segment_bits<part * Tile + Offset, planes>(w.own);
   if constexpr (left >= 32) {
@@ -100,46 +104,57 @@ inline U tile_bits(const Words<kPlanes[Rate]>& w) {
   }
 }
 
-// Window Index of a word that starts at bit Start of the part: products of the code.
+// The product of the code for the window that starts at bit `shift`.
 template <int Rate>
-inline U code_product(U bits, int shift, U mask) {
+TQMOE_INLINE U code_product(U bits, int shift, U mask) {
   U state = (bits >> shift) & mask;
   if constexpr (is_inst3(Rate)) return state * kInst3Multiplier + kInst3Addend;
   return state * kT2Multiplier;
 }
 
-// How many windows a 32-bit word holds whose first one starts at its bit 0, for every L.
+// How many windows lie whole in 32 bits, the first at bit 0, for every L.
 constexpr int windows_in_word(int rate) { return (32 - 16) / step_bits(rate) + 1; }
 
-// Calls visit(column, weights) for the columns of window First to the last of a tile, in order.
-template <int Rate, int Tile, int First, class Visit>
-inline void visit_windows(const Words<kPlanes[Rate]>& w, U mask, Visit&& visit) {
-  constexpr int step = step_bits(Rate), windows = kTileColumns / step_weights(Rate);
-  if constexpr (First < windows) {
-    U bits = tile_bits<Rate, Tile, First * step>(w);
-    constexpr int count = windows - First < windows_in_word(Rate) ? windows - First : windows_in_word(Rate);
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) {
-      U product = code_product<Rate>(bits, i * step, mask);
-      int column = kTileColumns * Tile + (First + i) * step_weights(Rate);
-      if constexpr (is_inst3(Rate)) {
-        visit(column, low_weight(product) + high_weight(product));
-      } else {
-        visit(column, low_weight(product));
-        visit(column + 1, high_weight(product));
-      }
-    }
-    visit_windows<Rate, Tile, First + count>(w, mask, visit);
+template <int Column>
+using At = std::integral_constant<int, Column>;
+
+template <int Rate, int Column, class Visit>
+TQMOE_INLINE void visit_window(U product, Visit& visit) {
+  if constexpr (is_inst3(Rate)) {
+    visit(At<Column>(), low_weight(product) + high_weight(product));
+  } else {
+    visit(At<Column>(), low_weight(product));
+    visit(At<Column + 1>(), high_weight(product));
   }
 }
 
+template <int Rate, int Column, class Visit, int... Index>
+TQMOE_INLINE void visit_word(U bits, U mask, Visit& visit, std::integer_sequence<int, Index...>) {
+  (visit_window<Rate, Column + Index * step_weights(Rate)>(code_product<Rate>(bits, Index * step_bits(Rate), mask), visit),
+   ...);
+}
+
+// Window First to the last of a tile.
+template <int Rate, int Tile, int First, class Visit>
+TQMOE_INLINE void visit_tile(const Words<kPlanes[Rate]>& w, U mask, Visit& visit) {
+  constexpr int windows = kTileColumns / step_weights(Rate);
+  if constexpr (First < windows) {
+    constexpr int count = windows - First < windows_in_word(Rate) ? windows - First : windows_in_word(Rate);
+    constexpr int column = kTileColumns * Tile + First * step_weights(Rate);
+    U bits = tile_bits<Rate, Tile, First * step_bits(Rate)>(w);
+    visit_word<Rate, column>(bits, mask, visit, std::make_integer_sequence<int, count>());
+    visit_tile<Rate, Tile, First + count>(w, mask, visit);
+  }
+}
+
+// Calls visit(At<column>, weights) for the 64 columns of one row vector, in order.
 template <int Rate, class Visit>
-inline void visit_rows(const uint8_t* block, int h, U mask, Visit&& visit) {
+TQMOE_INLINE void visit_rows(const uint8_t* block, int h, U mask, Visit&& visit) {
   Words<kPlanes[Rate]> w = load_planes<Rate>(block, h);
-  visit_windows<Rate, 0, 0>(w, mask, visit);
-  visit_windows<Rate, 1, 0>(w, mask, visit);
-  visit_windows<Rate, 2, 0>(w, mask, visit);
-  visit_windows<Rate, 3, 0>(w, mask, visit);
+  visit_tile<Rate, 0, 0>(w, mask, visit);
+  visit_tile<Rate, 1, 0>(w, mask, visit);
+  visit_tile<Rate, 2, 0>(w, mask, visit);
+  visit_tile<Rate, 3, 0>(w, mask, visit);
 }
 
 // sums [Width][32] += superblock * x [64][Width].
@@ -152,9 +167,14 @@ void multiply_block(const uint8_t* block, uint32_t mask_bits, const float* x, fl
       even[t] = load_floats(sums + 32 * t + kLanes * h);
       odd[t] = F{};
     }
-    visit_rows<Rate>(block, h, mask, [&](int column, F weight) {
-      F* sum = column & 1 ? odd : even;
-      for (int t = 0; t < Width; ++t) sum[t] += weight * x[column * Width + t];
+    visit_rows<Rate>(block, h, mask, [&](auto column, F weight) TQMOE_INLINE_LAMBDA {
+      for (int t = 0; t < Width; ++t) {
+        if constexpr (column % 2) {
+          odd[t] += weight * x[column * Width + t];
+        } else {
+          even[t] += weight * x[column * Width + t];
+        }
+      }
     });
     for (int t = 0; t < Width; ++t) store_floats(sums + 32 * t + kLanes * h, even[t] + odd[t]);
   }
@@ -198,8 +218,9 @@ template <int Rate>
 void decode_block(const uint8_t* block, uint32_t mask_bits, float* values) {
   const U mask = U{} + mask_bits;
   for (int h = 0; h < kVectorsOfRows; ++h) {
-    visit_rows<Rate>(block, h, mask,
-                     [&](int column, F weight) { store_floats(values + kRowTile * column + kLanes * h, weight); });
+    visit_rows<Rate>(block, h, mask, [&](auto column, F weight) TQMOE_INLINE_LAMBDA {
+      store_floats(values + kRowTile * column + kLanes * h, weight);
+    });
   }
 }
 

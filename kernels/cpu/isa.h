@@ -33,6 +33,18 @@ static inline int64_t block_place(const MatrixView& m, int64_t block) {
 
 constexpr int kMaxTokens = 8;  // that share one decoding
 
+// An MLX affine matrix (groups of 64 columns) times tokens: y f32 [tokens][rows]. x f32 [tokens][columns] in the order of
+// affine_impl.h, x_sums f32 [tokens][columns / 64].
+struct AffineJob {
+  const uint8_t* weights;
+  const float *scales, *biases;  // [rows][columns / 64]
+  int bits;                      // 4 or 8
+  int64_t rows, columns;
+  int tokens;  // 1 to kMaxTokens
+  const float *x, *x_sums;
+  float* y;
+};
+
 struct Kernels {
   const char* name;
   // x f32 [32][16] -> codes [512 * bits / 8], the tile's bitstring; memory: encode_memory bytes, 64-aligned.
@@ -44,6 +56,8 @@ struct Kernels {
   void (*decode_tile)(const MatrixView& m, int64_t tile, int first, int last, float* out);
   // In place: signs, then the normalised Hadamard transform of groups of `size`.
   void (*rotate)(float* x, const float* sign, int64_t columns, int64_t size);
+  // Rows first to last - 1 of the product.
+  void (*affine_rows)(const AffineJob& job, int64_t first, int64_t last);
 };
 
 static inline int64_t encode_memory(int length) {

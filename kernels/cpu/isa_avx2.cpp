@@ -52,10 +52,11 @@ namespace {
 constexpr int kLanes = 8;
 }
 #include "decode_impl.h"
+#include "affine_impl.h"
 
 namespace tqmoe {
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", encode_tile_at, multiply_tile_any, decode_tile, rotate};
+  static const Kernels kernels = {"avx2", encode_tile_at, multiply_tile_any, decode_tile, rotate, affine_rows};
   static const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return here ? &kernels : nullptr;
 }

@@ -54,10 +54,11 @@ inline Words16 and_xor(Words16 a, uint32_t mask, uint32_t flip) {
 }  // namespace
 #define TQMOE_AND_XOR
 #include "decode_impl.h"
+#include "affine_impl.h"
 
 namespace tqmoe {
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", encode_tile_at, multiply_tile_any, decode_tile, rotate};
+  static const Kernels kernels = {"avx512", encode_tile_at, multiply_tile_any, decode_tile, rotate, affine_rows};
   static const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return here ? &kernels : nullptr;

@@ -57,10 +57,11 @@ namespace {
 constexpr int kLanes = 4;
 }
 #include "decode_impl.h"
+#include "affine_impl.h"
 
 namespace tqmoe {
 const Kernels* neon_kernels() {
-  static const Kernels kernels = {"neon", encode_tile_at, multiply_tile_any, decode_tile, rotate};
+  static const Kernels kernels = {"neon", encode_tile_at, multiply_tile_any, decode_tile, rotate, affine_rows};
   return &kernels;
 }
 }  // namespace tqmoe

@@ -12,6 +12,29 @@ namespace tqmoe {
 
 const Kernels& active_kernels();
 
+void affine_product(AffineJob job);
+
 void encode_tiles(const float* x, int64_t tiles, int rate, int length, uint8_t* codes, float* values);
+
+// Which records multiply which tokens; see the C interface.
+struct Gather {
+  const uint8_t* pool;
+  uint64_t pool_bytes;
+  const int64_t* offsets;
+  int64_t picks;
+  const float* x;
+  int64_t tokens, columns;
+  const int32_t* rows_of;
+  const float* sign_in;
+};
+
+struct Activation {
+  int kind;
+  float alpha, limit;
+};
+
+// Both return TQ_OK, TQ_RECORD or TQ_SHAPE.
+int gather_qmv(const Gather& g, int matrix, int64_t rows, float* y);
+int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation, float* y);
 
 }  // namespace tqmoe

@@ -47,6 +47,11 @@ TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t
                          int64_t tokens, int64_t columns, int64_t middle, int64_t out_rows, const int32_t* rows_of,
                          const float* sign_in, const float* sign_mid, int activation, float alpha, float limit, float* y);
 
+// Rows of an MLX affine matrix, groups of 64 columns, 4 or 8 bits, times tokens (1 to 8): y f32 [tokens][rows].
+// weights u32 [rows][columns * bits / 32], scales and biases f32 [rows][columns / 64], x f32 [tokens][columns].
+TQ_API int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* biases, int bits, int64_t rows,
+                         int64_t columns, const float* x, int tokens, float* y);
+
 #ifdef __cplusplus
 }
 #endif

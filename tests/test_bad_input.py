@@ -1,0 +1,559 @@
+"""Every bad input of the commands: one sentence on stderr, exit status not 0, no traceback, nothing half-written.
+
+What container, staging and terminal refuse by themselves is tested beside them; here a person's command lines are.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_models
+import xxhash
+from commands import FILES, INTERRUPTED, Result, finish, mapped, names, process, refusal, start
+from mlx_lm.utils import _get_classes, save_model
+
+from tiny_qmoe_mlx import container, spec
+
+pytest_plugins = ["commands"]
+EXPERTS = "model-experts-00002.safetensors"
+MANIFEST = "tiny_qmoe_manifest.json"
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def model(converted, tmp_path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+@pytest.fixture
+def source(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "hf"))
+
+
+# ---- command lines
+
+NO_MODEL = {
+    "nowhere": "should be a directory with config.json, or a hub id such as org/name; no such directory",
+    "/nowhere/at/all": "should be a directory with config.json, or a hub id",
+    "a.file": "should be a directory, it is a file",
+    "empty": "config.json",
+    "other-json": "unconverted checkpoint; convert it first|should be an object with a model_type",
+    "other-text": "should be (a )?JSON",
+    "unfinished": "has no tiny_qmoe_manifest.json, so it was not finished or not copied whole",
+    "org/name": "org/name is no directory here, and the hub could not be asked: ",
+}
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, converted, checkpoint, text) -> Path:
+    """A directory with all that the command lines below name."""
+    root = tmp_path_factory.mktemp("place")
+    for name in ("empty", "other-json", "other-text", "unfinished", "foreign"):
+        (root / name).mkdir()
+    (root / "a.file").write_text("not a model")
+    (root / "other-json" / "config.json").write_text('{"a": 1}')
+    (root / "other-text" / "config.json").write_text("hello")
+    (root / "unfinished" / "config.json").write_text('{"model_type": "qwen3_moe", "tiny_qmoe": {}}')
+    (root / "foreign" / "thesis.tex").write_text("years of work")
+    (root / "empty.txt").write_text("")
+    (root / "blank.txt").write_text(" \n\n ")
+    (root / "short.txt").write_text("too short")
+    (root / "binary.bin").write_bytes(random.Random(0).randbytes(3000))
+    (root / "nul.txt").write_bytes(b"abc\0def")
+    (root / "long.txt").write_text("long " * 300)
+    for name, target in (("converted", converted), ("checkpoint", checkpoint), ("text.txt", text)):
+        (root / name).symlink_to(target)
+    return root
+
+
+RUN = "generate --model converted --prompt x"
+CONVERT = "convert --hf-path checkpoint --mlx-path new --calibration text.txt"
+REFUSED = [
+    *((f"{command} --model {name}{rest}", message) for name, message in NO_MODEL.items()
+      for command, rest in (("generate", " --prompt x"), ("plan", ""), ("verify", ""), ("evaluate", " --text text.txt"))),
+    ("generate --prompt x", "required: --model"),
+    ("generate --model checkpoint --prompt x", "convert it first: python -m tiny_qmoe_mlx.convert --hf-path .*checkpoint --mlx-path .*-tiny-qmoe --bits"),
+    ("plan --model checkpoint", "is an unconverted checkpoint; convert it first"),
+    ("verify --model checkpoint", "is an unconverted checkpoint; convert it first"),
+    (f"{RUN} --memory 10MB", r"10MB is too small .* the smallest that works is \d+(\.\d+)?MB, and .* keeps every expert in memory"),
+    ("evaluate --model converted --text text.txt --memory 10MB", "10MB is too small .* the smallest that works is"),
+    *((f"{command} --memory{value}", message) for command in (RUN, "plan --model converted") for value, message in (
+        (" banana", "should look like 6GB, 512MiB, 60%, auto or a number of bytes, received 'banana'"),
+        (" 0", "should be more than 0 and at most this machine's .*, received '0'"), ("=-1GB", "should look like .* received '-1GB'"),
+        (" -1GB", "--memory: expected one argument"), (" 999TB", "at most this machine's .*, received '999TB'"),
+        (" 101%", "at most this machine's"), (" nan", "should look like"), (" ''", "should look like"), (" 1e400", "should look like"))),
+    ("generate --model converted", "should be some text, it is empty; give --prompt TEXT"),
+    ("generate --model converted --prompt ''", "should be some text, it is empty"),
+    ("generate --model converted --prompt ' \n\t '", "should be some text, it is empty"),
+    (f"generate --model converted --max-tokens 1 --prompt '{'word ' * 300}'", "has 1500 tokens and --max-tokens is 1; .* the model's 1024; give a shorter prompt"),
+    (f"{RUN} --max-tokens 1024", "has 1 tokens and --max-tokens is 1024; .* the model's 1024"),
+    (f"{RUN} --max-tokens 10 --context 10", "--context should lie between 11 .* and the model's 1024, received 10"),
+    (f"{RUN} --context 4000", "--context should lie between .* and the model's 1024, received 4000"),
+    *((f"{RUN} {option}", f"{option.split()[0]} should lie in .*, received {option.split()[1]}") for option in (
+        "--max-tokens 0", "--max-tokens -5", "--temp -1", "--temp nan", "--top-p 2", "--min-p 2", "--repetition-penalty 0",
+        "--seed -1", "--seed 99999999999999999999")),
+    (f"{RUN} --max-tokens many", "--max-tokens: invalid int value: 'many'"),
+    (f"{RUN} --nonsense", "unrecognized arguments: --nonsense"),
+    (f"{RUN} --stats nowhere/stats.json", "--stats should name a file in a directory that exists"),
+    (f"{RUN} --stats empty", "--stats should name a file"),
+    ("plan --model converted --context 0", "--context should lie in 1 to the model's 1024, received 0"),
+    ("plan --model converted --context 2000", "--context should lie in 1 to the model's 1024, received 2000"),
+    *((f"evaluate --model converted --text {name}", message) for name, message in (
+        ("nowhere.txt", r"\[text\] nowhere.txt should be a text file"), ("empty.txt", "is empty"), ("binary.bin", "binary file"), ("nul.txt", "binary file"))),
+    ("evaluate --model converted --text text.txt --window 0", "should be at least 1, received 0"),
+    ("evaluate --model converted --text text.txt --window 2000", "--window should be at most the model's context of 1024 tokens, received 2000"),
+    ("evaluate --model converted --text text.txt --against nowhere", "nowhere should be a directory"),
+    *((f"{CONVERT} --bits {bits}", f"bits should lie in 0.5 to 4.0, received {bits}") for bits in ("0.1", "9", "nan", "inf", "-1")),
+    (f"{CONVERT} --bits 0.5", "experts of 64 x 64, .* need at least .* bits per weight, received 0.5"),
+    (f"{CONVERT} --bits two", "--bits: invalid float value: 'two'"),
+    (f"{CONVERT} --rest-bits 5", "rest bits should be 4, 6, 8 or 16, received 5"),
+    (f"{CONVERT} --trellis-length 13", "trellis length should be one of"),
+    (f"{CONVERT} --seed -1", "seed should lie in 0 to 4294967295, received -1"),
+    (f"{CONVERT} --calibration-sequences 0", "at least one sequence of one token"),
+    (f"{CONVERT} --calibration-tokens 0", "at least one sequence of one token"),
+    *((f"convert --hf-path checkpoint --mlx-path new --calibration {name}", message) for name, message in (
+        ("nowhere.txt", r"\[calibration\] nowhere.txt should be a text file; there is no such file"), ("empty.txt", "should hold text, it is empty"),
+        ("blank.txt", "should hold text, it is empty"), ("short.txt", "short.txt should have at least 256 tokens, it has 9"),
+        ("binary.bin", r"should be UTF-8 text, byte \d+ is not; is it a binary file"), ("nul.txt", "byte 3 is NUL"), ("empty", "should be a text file"))),
+    *((f"convert --hf-path {name} --mlx-path new", message) for name, message in NO_MODEL.items() if name not in ("other-json", "unfinished")),
+    ("convert --hf-path converted --mlx-path new", "is converted already; give the original checkpoint"),
+    ("convert --hf-path checkpoint --mlx-path foreign", "foreign.* exists, is not empty and is no converted model; choose another directory"),
+    ("convert --hf-path checkpoint --mlx-path foreign --overwrite", "foreign.* exists, is not empty and is no converted model"),
+    ("convert --hf-path checkpoint --mlx-path checkpoint --overwrite", "exists, is not empty and is no converted model"),
+    ("convert --hf-path checkpoint --mlx-path a.file --overwrite", "exists and is no directory"),
+    ("convert --hf-path checkpoint --mlx-path a.file/new --calibration none", "a.file"),
+    ("convert --hf-path checkpoint --mlx-path / --overwrite", "is the root of a file system"),
+    ("convert --hf-path checkpoint --mlx-path converted", "is a converted model already; --overwrite replaces it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line[:80] for line, _ in REFUSED])
+@pytest.mark.parametrize("way", ["here", pytest.param("process", marks=pytest.mark.slow)])
+def test_a_wrong_command_line_is_one_sentence(place, here, monkeypatch, way, line, message):
+    monkeypatch.chdir(place)
+    before = names(place)
+    sentence = refusal(here(*shlex.split(line)) if way == "here" else process(*shlex.split(line)))
+    assert re.search(message, sentence), sentence
+    assert names(place) == before and names(place / "foreign") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("line", [
+    "generate --model nowhere --prompt x", "generate --model checkpoint --prompt x", f"{RUN} --memory 10MB", f"{RUN} --temp -1",
+    f"{CONVERT} --bits 9", "convert --hf-path checkpoint --mlx-path new --calibration binary.bin",
+])  # fmt: skip
+def test_a_few_in_their_own_process(place, monkeypatch, line):
+    monkeypatch.chdir(place)
+    sentence = refusal(process(*shlex.split(line)))
+    assert re.search(dict(REFUSED)[line], sentence), sentence
+
+
+def test_the_smallest_budget_that_is_named_works(converted, here):
+    sentence = refusal(here("generate", "--model", converted, "--prompt", "hello", "--memory", "10MB"))
+    smallest = re.search(r"the smallest that works is ([\d.]+MB)", sentence)[1]
+    done = here("generate", "--model", converted, "--prompt", "hello", "--memory", smallest, "--max-tokens", 5)
+    assert done.status == 0 and "experts streamed" in done.err
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "grown"])
+def test_a_file_of_another_size_is_refused_by_every_command(model, text, here, name, damage):
+    data = (model / name).read_bytes()
+    if damage == "missing":
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes({"empty": b"", "truncated": data[: len(data) // 2], "grown": data + b"\n"}[damage])
+    before = {p.name: p.stat().st_size for p in model.iterdir()}
+    for command in (("generate", "--prompt", "x"), ("plan",), ("evaluate", "--text", text)):
+        sentence = refusal(here(command[0], "--model", model, *command[1:]))
+        assert name in sentence, sentence
+    found = here("verify", "--model", model)
+    assert found.status == 1 and found.err.startswith("error: ") and found.err.count("\n") == 1
+    assert name in found.out + found.err
+    assert {p.name: p.stat().st_size for p in model.iterdir()} == before
+
+
+def places_in(path: Path, count: int, seed: int) -> list[int]:
+    """Bits of a file: some of the first, some of the last, and random ones."""
+    bits = 8 * path.stat().st_size
+    return [3, bits // 2, bits - 5, *(random.Random(seed).randrange(bits) for _ in range(count - 3))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_refused(converted, model, text, here, name):
+    """`generate` with all experts in memory reads every byte but a model card's; `plan` reads headers only, and never breaks."""
+    for bit in places_in(model / name, 5, len(name)):
+        flip(model / name, bit)
+        sentence = refusal(here("generate", "--model", model, "--prompt", "x"))
+        assert name in sentence or "config.json" in sentence, sentence
+        refusal(here("evaluate", "--model", model, "--text", text))
+        planned = here("plan", "--model", model)
+        assert planned.status == 0 or refusal(planned)
+        shutil.copyfile(converted / name, model / name)
+
+
+def record_bit(model: Path, layer: int, expert: int) -> int:
+    opened = container.open_model(model)
+    return 8 * opened.record_offset(layer, expert) + 4000
+
+
+def test_a_flipped_record_names_its_expert_even_when_streamed(model, here):
+    """With the fewest slots, experts are read while text is written: what was written stays, the error is one sentence."""
+    for expert in range(8):
+        flip(model / EXPERTS, record_bit(model, 1, expert))
+    smallest = json.loads(here("plan", "--model", model, "--json").out)["min_budget_bytes"]
+    found = here("generate", "--model", model, "--prompt", "x", "--memory", smallest)
+    sentence = refusal(found, found.out)
+    assert re.search(rf"{EXPERTS}, expert [0-7]\] the record's checksum does not match", sentence)
+
+
+def test_verify_finds_random_flips_and_names_file_and_expert(model, here):
+    opened = container.open_model(model)
+    pick = random.Random(5)
+    for _ in range(60):
+        name = pick.choice(FILES)
+        data = (model / name).read_bytes()
+        bit = pick.randrange(8 * len(data))
+        flip(model / name, bit)
+        found = here("verify", "--model", model, "--json")
+        (model / name).write_bytes(data)
+        if name == MANIFEST:
+            assert name in refusal(found)
+            continue
+        report = json.loads(found.out)
+        assert found.status == 1 and not report["ok"] and name in {p["file"] for p in report["problems"]}, (name, bit, found)
+        layer = next((layer for layer in opened.spec.layers if layer.file == name), None)
+        expert = (bit // 8 - opened.files[name]["header_bytes"]) // layer.record_bytes if layer else -1
+        if layer and 0 <= expert < layer.experts:
+            (problem,) = report["problems"]
+            assert (problem["file"], problem["layer"], problem["expert"]) == (name, layer.layer, expert)
+    assert here("verify", "--model", model).status == 0
+
+
+# ---- files that agree with one another and are wrong
+
+
+def forge(model: Path, change, name: str = "config.json") -> None:
+    """Change a JSON file and make the manifest agree with every file again, by the rules of FORMAT.md."""
+    if name != MANIFEST:
+        value = json.loads((model / name).read_text())
+        change(value)
+        (model / name).write_text(json.dumps(value))
+    manifest = json.loads((model / MANIFEST).read_text())
+    for other, entry in manifest["files"].items():
+        data = (model / other).read_bytes()
+        entry["bytes"] = len(data)
+        if "header_bytes" in entry:
+            start = entry["header_bytes"] = 8 + int.from_bytes(data[:8], "little")
+            head = json.loads(data[8:start])
+            first, last = next(t["data_offsets"] for key, t in head.items() if key.endswith(".checksums"))
+            data = data[:start] + data[start + first : start + last]
+        entry["xxh3_128"] = xxhash.xxh3_128_hexdigest(data)
+    if name == MANIFEST:
+        change(manifest)
+    manifest["self_xxh3_128"] = "0" * 32
+    raw = json.dumps(manifest)
+    (model / MANIFEST).write_text(raw.replace("0" * 32, xxhash.xxh3_128_hexdigest(raw.encode())))
+
+
+def test_the_forgery_itself_is_sound(model, here):
+    forge(model, lambda config: None)
+    assert here("verify", "--model", model).status == 0
+    assert here("generate", "--model", model, "--prompt", "x", "--max-tokens", 3).status == 0
+
+
+def set_key(key: str, value):
+    return lambda config: config.update({key: value})
+
+
+def set_layer(key: str, value):
+    return lambda config: config["tiny_qmoe"]["layers"][1].update({key: value})
+
+
+def longer_records(config):
+    config["tiny_qmoe"]["layers"][1]["record_bytes"] += config["tiny_qmoe"]["alignment"]
+
+
+VERSIONS = [(2, "format version 1 is read here, received version 2; install a newer"), (0, "format_version should be 1, received 0"), ("1", "should be 1")]
+
+
+@pytest.mark.parametrize(("version", "message"), VERSIONS)
+@pytest.mark.parametrize("name", ["config.json", MANIFEST])
+def test_another_format_version(model, text, here, name, version, message):
+    forge(model, lambda v: (v if name == MANIFEST else v["tiny_qmoe"]).update(format_version=version), name)
+    for command in (("generate", "--prompt", "x"), ("plan",), ("evaluate", "--text", text)):
+        sentence = refusal(here(command[0], "--model", model, *command[1:]))
+        assert message in sentence and name in sentence
+
+
+FORGERIES = {
+    "longer records": longer_records,
+    "tiny records": set_layer("record_bytes", 128),
+    "huge records": set_layer("record_bytes", 1 << 40),
+    "odd records": set_layer("record_bytes", 4097),
+    "more experts": set_layer("experts", 9),
+    "other shapes": set_layer("matrices", [["gate_proj", 32, 64], ["up_proj", 32, 64], ["down_proj", 64, 32]]),
+    "biases": set_layer("bias", True),
+    "another layer's path": set_layer("path", "model.layers.0.mlp.switch_mlp"),
+    "experts of the model": set_key("num_experts", 16),
+    "hidden size": set_key("hidden_size", 128),
+    "expert width": set_key("moe_intermediate_size", 32),
+    "layers of the model": set_key("num_hidden_layers", 4),
+    "no hidden size": lambda config: config.pop("hidden_size"),
+    "heads that are text": set_key("num_attention_heads", "four"),
+    "layers that are a list": set_key("num_hidden_layers", [3]),
+    "negative heads": set_key("num_key_value_heads", -2),
+    "unknown type": set_key("model_type", "qwen9_moe"),
+    "no type": lambda config: config.pop("model_type"),
+    "a dense type": set_key("model_type", "llama"),
+    "code to run": set_key("model_file", "evil.py"),
+    "other quantization": set_key("quantization", {"group_size": 64, "bits": 4}),
+    "nonsense quantization": set_key("quantization", {"group_size": "x", "bits": None}),
+    "vocabulary": set_key("vocab_size", 100),
+    "too many experts a token": set_key("num_experts_per_tok", 9),
+}
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_a_config_that_contradicts_the_files(model, here, what):
+    forge(model, FORGERIES[what])
+    refusal(here("generate", "--model", model, "--prompt", "x", "--max-tokens", 3))
+    planned = here("plan", "--model", model)
+    assert planned.status == 0 or refusal(planned)
+
+
+def test_records_cut_to_a_size_that_config_header_and_checksums_agree_on(model, here):
+    """Only the record itself can tell: it says how many bytes it uses."""
+    opened = container.open_model(model)
+    old, alignment = opened.spec.layers[1], opened.spec.alignment
+    data = (model / EXPERTS).read_bytes()
+    size = old.record_bytes - alignment
+    records = [np.frombuffer(data, np.uint8, size, opened.record_offset(1, e)) for e in range(old.experts)]
+    fields = old.to_dict() | {"record_bytes": size}
+    container.write_experts_file(model, spec.LayerSpec.from_dict(fields), alignment, iter(records))
+    forge(model, set_layer("record_bytes", size))
+    sentence = refusal(here("generate", "--model", model, "--prompt", "x"))
+    assert re.search(rf"{EXPERTS}, expert \d\]", sentence), sentence
+    found = json.loads(here("verify", "--model", model, "--json").out)
+    assert [p["expert"] for p in found["problems"] if p["file"] == EXPERTS] == list(range(8))
+
+
+# ---- checkpoints that cannot be converted
+
+
+def edit_weights(source: Path, change) -> None:
+    weights = {name: np.array(w) for name, w in mx.load(str(source / "model.safetensors")).items()}
+    change(weights)
+    mx.save_safetensors(str(source / "model.safetensors"), {n: mx.array(w) for n, w in weights.items()}, {"format": "mlx"})
+
+
+def edit_config(source: Path, **changes) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def spoil(name: str, place: tuple[int, ...], value: float):
+    def change(weights):
+        weights[name][place] = value
+
+    return lambda source: edit_weights(source, change)
+
+
+def cut_weights(size: int):
+    def cut(source):
+        data = (source / "model.safetensors").read_bytes()
+        (source / "model.safetensors").write_bytes(data[:size])
+
+    return cut
+
+
+def make_dense(source: Path) -> None:
+    config = {**tiny_models.BASE, "model_type": "llama"}
+    kind, args = _get_classes(config)
+    save_model(source, kind(args.from_dict(config)))
+    (source / "config.json").write_text(json.dumps(config))
+
+
+LAYER = "model.layers.{}.mlp.switch_mlp.{}_proj.weight"
+SOURCES = {
+    "NaN in an expert": (spoil(LAYER.format(2, "up"), (5, 3, 2), np.nan), r"layers\.2\..*expert 5.* up should be finite, received NaN or Inf"),
+    "Inf in an expert": (spoil(LAYER.format(1, "down"), (7, 0, 0), np.inf), r"layers\.1\..*expert 7.* down should be finite"),
+    "-Inf in an expert": (spoil(LAYER.format(1, "gate"), (0, 63, 63), -np.inf), r"layers\.1\..*expert 0.* gate should be finite"),
+    "NaN in attention": (spoil("model.layers.1.self_attn.q_proj.weight", (3, 2), np.nan), r"model.layers.1.self_attn.q_proj.weight should be finite"),
+    "Inf in the last norm": (spoil("model.norm.weight", (0,), np.inf), "model.norm.weight should be finite"),
+    "missing expert tensor": (lambda s: edit_weights(s, lambda w: w.pop(LAYER.format(1, "up"))), "Missing 1 parameters: model.layers.1.mlp.switch_mlp.up_proj"),
+    "missing norm": (lambda s: edit_weights(s, lambda w: w.pop("model.norm.weight")), "Missing 1 parameters: model.norm.weight"),
+    "strange tensor": (lambda s: edit_weights(s, lambda w: w.update(strange=np.zeros(3, np.float32))), "not in model: strange"),
+    "misshapen tensor": (lambda s: edit_weights(s, lambda w: w.update({"model.norm.weight": np.zeros(3, np.float32)})), "model.norm.weight"),
+    "unknown model type": (lambda s: edit_config(s, model_type="qwen9_moe"), "Model type qwen9_moe not supported"),
+    "path as model type": (lambda s: edit_config(s, model_type="../x"), "not supported"),
+    "code to run": (lambda s: edit_config(s, model_file="evil.py"), "evil.py"),
+    "other shapes in config": (lambda s: edit_config(s, hidden_size=128), r"\(258, 128\)"),
+    "too many experts a token": (lambda s: edit_config(s, num_experts_per_tok=9), "9"),
+    "dense model": (make_dense, "should have routed experts .* none were found; a dense model cannot be converted"),
+    "cut weights": (cut_weights(900_000), "exceeding the size of the file"),
+    "cut header": (cut_weights(100), "header"),
+    "empty weights": (cut_weights(0), "cannot load"),
+    "garbage weights": (lambda s: (s / "model.safetensors").write_bytes(b"\xff" * 5000), "header"),
+    "no weights": (lambda s: (s / "model.safetensors").unlink(), "should hold model.*safetensors and does not"),
+    "no tokenizer": (lambda s: [(s / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "should hold a tokenizer .* and holds none"),
+    "damaged tokenizer": (lambda s: (s / "tokenizer.json").write_text("{"), r"\[tokenizer\] .* cannot: JSONDecodeError"),
+    "empty tokenizer": (lambda s: (s / "tokenizer.json").write_text("{}"), r"\[tokenizer\] .* cannot: "),
+    "damaged config": (lambda s: (s / "config.json").write_text("{"), "config.json should be JSON"),
+    "config that is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json should be an object with a model_type"),
+    "binary config": (lambda s: (s / "config.json").write_bytes(b"\xff\xfe\0"), "config.json should be JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SOURCES)
+def test_a_checkpoint_that_cannot_be_converted(source, text, here, what):
+    spoiler, message = SOURCES[what]
+    spoiler(source)
+    sentence = refusal(here("convert", "--hf-path", source, "--mlx-path", source.parent / "out", "--calibration", text, "--calibration-tokens", 64))
+    assert re.search(message, sentence), sentence
+    assert names(source.parent) == ["hf"]
+
+
+def test_weights_are_checked_without_calibration_too(source, here):
+    SOURCES["NaN in attention"][0](source)
+    sentence = refusal(here("convert", "--hf-path", source, "--mlx-path", source.parent / "out", "--calibration", "none"))
+    assert "q_proj.weight should be finite" in sentence and names(source.parent) == ["hf"]
+
+
+# ---- where the result should go
+
+
+def test_overwrite_replaces_ours_and_nothing_else(checkpoint, model, here):
+    root, manifest = model.parent, (model / MANIFEST).read_bytes()
+    command = ("convert", "--hf-path", checkpoint, "--mlx-path", model, "--calibration", "none")
+    refusal(here(*command))
+    assert (model / MANIFEST).read_bytes() == manifest
+    (model / "notes.txt").write_text("mine")
+    assert "holds notes.txt, which no conversion wrote" in refusal(here(*command, "--overwrite"))
+    assert (model / "notes.txt").read_text() == "mine" and (model / MANIFEST).read_bytes() == manifest
+    (model / "notes.txt").unlink()
+    assert here(*command, "--overwrite").status == 0
+    assert (model / MANIFEST).read_bytes() != manifest and names(root) == ["model"] and here("verify", "--model", model).status == 0
+
+
+def test_a_failed_overwrite_leaves_the_old_model(source, model, here):
+    SOURCES["NaN in an expert"][0](source)
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    refusal(here("convert", "--hf-path", source, "--mlx-path", model, "--calibration", "none", "--overwrite"))
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before and names(model.parent) == ["hf", "model"]
+
+
+def test_a_directory_that_may_not_be_written(checkpoint, tmp_path, here):
+    parent = tmp_path / "locked"
+    parent.mkdir()
+    parent.chmod(0o555)
+    if os.access(parent, os.W_OK):  # root ignores permissions; nobody may make files there:
+        parent = Path("/proc/self")
+        if not parent.is_dir():
+            pytest.skip("no directory that root may not write to")
+    sentence = refusal(here("convert", "--hf-path", checkpoint, "--mlx-path", parent / "out", "--calibration", "none"))
+    assert "out" in sentence
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: int):
+    """A file system of `size` bytes."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True) if shutil.which("mount") else None
+    if made is None or made.returncode:
+        pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip() if made else 'no mount here'}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+# of the 230 KB: experts' data is 72 KB, the other weights 130 KB; the steps of 4 KB end in every file once
+@linux
+@pytest.mark.parametrize("size", [4096, 69632, 81920, 98304, 204800, *(pytest.param(n, marks=pytest.mark.slow) for n in range(73728, 241664, 4096))])
+def test_a_full_disk(checkpoint, text, tmp_path, here, size):
+    with small_disk(tmp_path / "disk", size) as disk:
+        sentence = refusal(here("convert", "--hf-path", checkpoint, "--mlx-path", disk / "out", "--calibration", text, "--bits", 3, "--calibration-tokens", 64))
+        assert re.search(f"{disk}.*(the disk is full|bytes on its disk, .* are free|could not be written)", sentence), sentence
+        assert names(disk) == []
+
+
+@linux
+def test_a_full_disk_under_generate_stats(converted, tmp_path, here):
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        (disk / "filler").write_bytes(b"x" * 4096)
+        done = here("generate", "--model", converted, "--prompt", "x", "--max-tokens", 3, "--stats", disk / "stats.json")
+        assert "the disk is full" in refusal(done, done.out) and names(disk) == ["filler"]
+
+
+def test_files_that_may_not_grow(checkpoint, tmp_path):
+    """A limit on file sizes stands for the disks that cannot be mounted here: MLX's own writer fails as well."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    command = ("convert", "--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", "none")
+    refusal(finish(start(*command, preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ".."})))
+    assert names(tmp_path) == []
+
+
+# ---- signals
+
+
+def quiet_end(result: Result, sent: signal.Signals) -> None:
+    """At most one sentence, the status that shells expect."""
+    assert "Traceback" not in result.err, result
+    assert result.err in (("error: interrupted\n", "") if sent == signal.SIGINT else ("",)), result
+    assert result.status in (INTERRUPTED if sent == signal.SIGINT else (143, -signal.SIGTERM)), result
+
+
+MOMENTS = [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 25))]
+
+
+@linux
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_conversion_that_is_stopped_leaves_nothing(checkpoint, text, tmp_path, moment, sent):
+    """From the time its libraries load; a long trellis makes it slow enough to be met at work."""
+    child = start("convert", "--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", text, "--calibration-tokens", 64, "--trellis-length", 16)
+    while moment % 3 and not names(tmp_path) and child.poll() is None:
+        time.sleep(0.01)
+    while not any("numpy" in line for line in mapped(child.pid)) and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(moment).uniform(0, 0.5))
+    child.send_signal(sent)
+    quiet_end(finish(child), sent)
+    assert names(tmp_path) == []
+
+
+@linux
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_generation_that_is_stopped(converted, tmp_path, moment, sent):
+    child = start("generate", "--model", converted, "--prompt", "hello", "--max-tokens", 1000, "--temp", 1, "--stats", tmp_path / "stats.json")
+    if moment % 3:
+        assert child.stdout.read(1)  # it streams
+    while not any("numpy" in line for line in mapped(child.pid)) and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(moment).uniform(0, 0.3))
+    child.send_signal(sent)
+    quiet_end(finish(child), sent)
+    assert names(tmp_path) == []

@@ -1,0 +1,122 @@
+"""terminal.py: every failure is one sentence on stderr with the right exit status, and stdout stays clean."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tiny_qmoe_mlx import terminal
+from tiny_qmoe_mlx.errors import BudgetError, FormatError
+
+
+def fail(error: BaseException):
+    def main(argv: list[str]) -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (
+            FormatError("[config.json] bits should be 2,\n  received 3."),
+            1,
+            "[config.json] bits should be 2, received 3.",
+        ),
+        (BudgetError("[memory] too small"), 1, "[memory] too small"),
+        (ValueError(""), 1, "ValueError"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a b"), 1, "[/a b] No such file or directory"),
+        (OSError(errno.ENOSPC, "[out] the disk is full"), 1, "[out] the disk is full"),
+        (OSError("[hub] no answer"), 1, "[hub] no answer"),
+        (ModuleNotFoundError("No module named 'gguf'"), 1, "No module named 'gguf'"),
+        (MemoryError(), 1, "the machine's memory is used up; give a smaller --memory or close other programs"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_sentence(capsys, error, status, text):
+    assert terminal.run(fail(error), []) == status
+    assert capsys.readouterr() == ("", f"error: {text}\n")
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="why"):
+        terminal.run(fail(ValueError("why")), ["--debug"])
+
+
+def test_a_bug_is_not_hidden():
+    with pytest.raises(KeyError):
+        terminal.run(fail(KeyError("key")), [])
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_the_status_is_what_main_returns(returned, status):
+    assert terminal.run(lambda argv: returned, []) == status
+
+
+def test_wrong_arguments_are_one_sentence(capsys):
+    parser = terminal.parser("verify", "Checks.", "  an example")
+    terminal.add_model(parser)
+    for argv, text in (
+        ([], "error: the following arguments are required: --model; --help lists all options\n"),
+        (["--mod", "x"], "error: the following arguments are required: --model; --help lists all options\n"),
+        (["--model", "x", "--nothing"], "error: unrecognized arguments: --nothing; --help lists all options\n"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            parser.parse_args(argv)
+        assert error.value.code == terminal.USAGE
+        assert capsys.readouterr() == ("", text)
+
+
+def test_help_shows_the_examples_as_they_are():
+    parser = terminal.parser("verify", "Checks.", "\n  first line\n    second line\n")
+    text = parser.format_help()
+    assert "python -m tiny_qmoe_mlx.verify" in text and text.endswith("examples:\n  first line\n    second line\n")
+
+
+def test_no_bar_where_stderr_is_no_terminal(capsys):
+    assert list(terminal.progress(range(3), description="reading")) == [0, 1, 2]
+    with terminal.Bars() as bars:
+        bars("one", 1, 2)
+        bars("two", 1, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_bar_when_asked_to_be_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(terminal.progress(range(3), quiet=True))
+    assert capsys.readouterr() == ("", "")
+    list(terminal.progress(range(3), description="reading"))
+    out, err = capsys.readouterr()
+    assert out == "" and "reading: 100%" in err
+
+
+def run_script(body: str, **options) -> subprocess.Popen:
+    code = (
+        f"import sys, time\nfrom tiny_qmoe_mlx import terminal\ndef main(argv):\n{body}\nsys.exit(terminal.run(main))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "text"), [(signal.SIGINT, 130, b"error: interrupted\n"), (signal.SIGTERM, 143, b"")]
+)
+def test_signals_unwind(sent, status, text):
+    body = "    try: print('ready', flush=True); time.sleep(60)\n    finally: print('cleaned', flush=True)"
+    child = run_script(body)
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    os.kill(child.pid, sent)
+    assert child.communicate(timeout=60) == (b"cleaned\n", text) and child.returncode == status
+
+
+def test_a_reader_that_leaves_is_no_error():
+    child = run_script("    print('x' * 70000 + '\\n'); sys.stdin.read(); print('y' * 1000000)", stdin=subprocess.PIPE)
+    assert child.stdout is not None and child.stdin is not None and child.stderr is not None
+    child.stdout.read(10)
+    child.stdout.close()
+    child.stdin.close()
+    assert child.stderr.read() == b"" and child.wait(timeout=60) == 1
+    child.stderr.close()
