@@ -1,9 +1,10 @@
-"""Decode speed of the demo model: compressed and resident, beside plain mlx-lm at 4 bits on the same mixture of experts.
+"""Decode speed of the demo model: compressed and resident, beside plain mlx-lm at 4 bits on the same mixture of
+experts.
 
     python benchmarks/bench_generate.py [--quick] [--json]
 
-Both models run in one process and take turns; each turn writes the same number of greedy tokens after the same prompt. The
-share of the dense layers is measured by running ours once more with the experts' work left out.
+Both models run in one process and take turns; each turn writes the same number of greedy tokens after the same prompt.
+The share of the dense layers is measured by running ours once more with the experts' work left out.
 """
 
 import argparse
@@ -27,7 +28,9 @@ PROMPT_TOKENS = 16
 
 
 def four_bit(directory: Path) -> nn.Module:
-    """The demo's original at MLX's 4 bits (group 64), written and loaded as mlx_lm.convert does, float32 activations."""
+    """The demo's original at MLX's 4 bits (group 64), written and loaded as mlx_lm.convert does, float32
+    activations.
+    """
     source, config = checkpoint.load_lazy(demo.source_directory())
     source.set_dtype(mx.float32)
     quantized, config = quantize_model(source, config, 64, 4)
@@ -75,11 +78,24 @@ def main() -> None:
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["mlx-lm 4-bit"], strict=True)]
     share = median["ours"] / median["ours without experts"]
     for name, value in median.items():
-        print(f"{name:22} {value:7.1f} tokens/s (median of {turns}, {min(speeds[name]):.1f} to {max(speeds[name]):.1f})")
-    print(f"ours / mlx-lm 4-bit    {statistics.median(ratios):7.2f}x (median of pairs, {min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{name:22} {value:7.1f} tokens/s (median of {turns}, {min(speeds[name]):.1f} to {max(speeds[name]):.1f})"
+        )
+    print(
+        f"ours / mlx-lm 4-bit    {statistics.median(ratios):7.2f}x (median of pairs, {min(ratios):.2f} to "
+        f"{max(ratios):.2f})"
+    )
     print(f"dense layers take {100 * share:.0f} % of our time; dense float32 products by {blas.install()}")
     if args.json:
-        print(json.dumps({**{k.replace(" ", "_"): v for k, v in median.items()}, "ratio": statistics.median(ratios), "dense_share": share}))
+        print(
+            json.dumps(
+                {
+                    **{k.replace(" ", "_"): v for k, v in median.items()},
+                    "ratio": statistics.median(ratios),
+                    "dense_share": share,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

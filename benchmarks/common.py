@@ -14,22 +14,27 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
     """Time the cases in turn, so that a slow moment of the machine hits all of them alike.
 
     Returns:
-        By case: median and best wall time in seconds, and cores, the process's CPU time over wall time in the median round.
+        By case: median_s and best_s, wall time in seconds; cpu_s, the median of the process's CPU time; cores, the median
+        of CPU time over wall time.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    for name in cases:
-        cases[name]()
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for call in cases.values():
+        call()
     for _ in range(rounds):
         for name, call in cases.items():
             cpu, start = time.process_time(), time.perf_counter()
             call()
-            wall = time.perf_counter() - start
-            times[name].append((wall, (time.process_time() - cpu) / wall))
-    out = {}
-    for name, seen in times.items():
-        wall = statistics.median(w for w, _ in seen)
-        out[name] = {"median_s": wall, "best_s": min(seen)[0], "cores": statistics.median(c for _, c in seen)}
-    return out
+            seen[name].append((time.perf_counter() - start, time.process_time() - cpu))
+    median = statistics.median
+    return {
+        name: {
+            "median_s": median(wall for wall, _ in times),
+            "best_s": min(wall for wall, _ in times),
+            "cpu_s": median(cpu for _, cpu in times),
+            "cores": median(cpu / wall for wall, cpu in times),
+        }
+        for name, times in seen.items()
+    }
 
 
 def _cpu_name() -> str:

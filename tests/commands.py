@@ -1,11 +1,6 @@
-"""Commands as a person runs them, in this process (quick) or in their own, and the models that their tests share.
+"""Commands in processes of their own, as a person runs them, and what every refusal has to look like."""
 
-A test module takes the fixtures in with `pytest_plugins = ["commands"]`.
-"""
-
-import importlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,10 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-import tiny_models
-
-from tiny_qmoe_mlx import native, terminal
+from tiny_qmoe_mlx import terminal
 
 ROOT = Path(__file__).parents[1]
 FILES = (
@@ -24,7 +16,6 @@ FILES = (
     "model.safetensors.index.json", "tiny_qmoe_manifest.json", "tokenizer.json", "tokenizer_config.json",
 )
 SMALL = ("--bits", "3", "--calibration-sequences", "8", "--calibration-tokens", "64")
-WORDS = "the river stone light walks under old quick bright over slow small green house tree wind rain of and to in".split()
 INTERRUPTED = (terminal.INTERRUPTED, -signal.SIGINT)  # the shell's word for both is 130
 
 
@@ -63,25 +54,6 @@ def process(*argv: object, **options) -> Result:
     return finish(start(*argv, **options))
 
 
-class Here:
-    """Runs commands in this process; what they print is taken from the file descriptors."""
-
-    def __init__(self, capfd: pytest.CaptureFixture):
-        self._capfd = capfd
-
-    def __call__(self, *argv: object) -> Result:
-        module = importlib.import_module(f"tiny_qmoe_mlx.{argv[0]}")
-        self._capfd.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            status = terminal.run(module.main, [str(a) for a in argv[1:]])
-        except SystemExit as end:  # argparse
-            status = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return Result(status, *self._capfd.readouterr())
-
-
 def refusal(result: Result, out: str = "") -> str:
     """The sentence of a command that refused; fails where there is anything else."""
     assert result.status in (terminal.FAILED, terminal.USAGE), result
@@ -90,37 +62,6 @@ def refusal(result: Result, out: str = "") -> str:
     assert len(lines) == 1 and result.err.endswith("\n"), result
     assert lines[0].startswith("error: ") and "Traceback" not in lines[0] and len(lines[0]) < 700, result
     return lines[0]
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture) -> Here:
-    return Here(capfd)
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A calibration text of 2000 words from a short list."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
-    return path
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """An unconverted Qwen3-MoE of 3 layers, 2 of them with 8 experts."""
-    return tiny_models.make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "hf", "qwen3_moe")
-
-
-@pytest.fixture(scope="session")
-def converted(tmp_path_factory, checkpoint, text) -> Path:
-    """The same, converted by the command."""
-    if not native.available():
-        pytest.skip("conversion needs the C++ library")
-    out = tmp_path_factory.mktemp("converted") / "model"
-    done = process("convert", "--hf-path", checkpoint, "--mlx-path", out, "--calibration", text, *SMALL)
-    assert done.status == 0 and done.err == "", done
-    assert tuple(sorted(p.name for p in out.iterdir())) == FILES
-    return out
 
 
 def names(directory: Path) -> list[str]:

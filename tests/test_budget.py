@@ -15,13 +15,24 @@ GB = 1000**3
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("6GB", 6 * GB), ("6 gb", 6 * GB), ("1.5GiB", 3 << 29), ("512mib", 512 << 20), ("50%", 16 * GB), ("auto", 20_800_000_000), ("123456", 123456), (99, 99)],
+    [
+        ("6GB", 6 * GB),
+        ("6 gb", 6 * GB),
+        ("1.5GiB", 3 << 29),
+        ("512mib", 512 << 20),
+        ("50%", 16 * GB),
+        ("auto", 20_800_000_000),
+        ("123456", 123456),
+        (99, 99),
+    ],
 )
 def test_budgets_are_read(text, expected):
     assert budget.parse_memory(text, 32 * GB) == expected
 
 
-@pytest.mark.parametrize("text", ["banana", "", "GB", "-1GB", "1e9", "6XB", "nan", "10 20", "0", "0GB", "0%", "101%", "33GB"])
+@pytest.mark.parametrize(
+    "text", ["banana", "", "GB", "-1GB", "1e9", "6XB", "nan", "10 20", "0", "0GB", "0%", "101%", "33GB"]
+)
 def test_budgets_that_make_no_sense_are_refused(text):
     with pytest.raises(BudgetError, match=r"^\[memory\] a budget should"):
         budget.parse_memory(text, 32 * GB)
@@ -62,13 +73,22 @@ def test_too_small_names_the_smallest_that_works(model):
 
 
 def test_context_is_paid_for():
-    config = {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 64, "head_dim": 16}
+    config = {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "head_dim": 16,
+    }
     short, long = (budget.kv_bytes(config, n, cpu=True) for n in (100, 10_000))
     assert short >= 2 * 2 * 2 * 16 * 4 * 100 and long >= 100 * short / 5
 
 
 def test_two_record_sizes_share_in_proportion():
-    assert budget._share({1000: 100, 3000: 50}, {1000: 4, 3000: 4}, 16_000 + 96_000 // 2 + 138_000 // 2) == {1000: 52, 3000: 27}
+    assert budget._share({1000: 100, 3000: 50}, {1000: 4, 3000: 4}, 16_000 + 96_000 // 2 + 138_000 // 2) == {
+        1000: 52,
+        3000: 27,
+    }
 
 
 def test_weights_are_counted_from_headers(model):

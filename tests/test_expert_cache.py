@@ -104,7 +104,10 @@ def test_damaged_record_is_refused_at_first_touch_and_leaves_no_pin(model, cache
 
 
 def test_record_that_fits_its_checksum_but_not_the_config_is_refused(model):
-    kinds = [ops.ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 0, 0, Module()) for layer in model.spec.layers]
+    kinds = [
+        ops.ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 0, 0, Module())
+        for layer in model.spec.layers
+    ]
     store = ExpertStore(model, kinds)
     with pytest.raises(FormatError, match="matrix 0 should be 64 x 32, the record says 64 x 64"):
         store.read(0, 0, np.empty(model.spec.layers[0].record_bytes, np.uint8))

@@ -1,4 +1,6 @@
-"""Tiny checkpoints of six families with random weights, and the plain mlx-lm model that a converted one is compared with."""
+"""Tiny checkpoints of six families with random weights, and the plain mlx-lm model that a converted one is compared
+with.
+"""
 
 import json
 from pathlib import Path
@@ -12,31 +14,75 @@ from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import Container
 
 BASE = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-    "vocab_size": 258, "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": False, "bos_token_id": 256,
-    "eos_token_id": 257, "intermediate_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 258,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "intermediate_size": 96,
 }
 FAMILIES = {
     "ernie4_5_moe": {
-        "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
-        "moe_layer_end_index": 2, "moe_layer_interval": 1, "moe_gate_act": "softmax", "use_bias": False,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_intermediate_size": 64,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+        "moe_layer_interval": 1,
+        "moe_gate_act": "softmax",
+        "use_bias": False,
     },
     "qwen3_moe": {
-        "num_experts": 8, "num_experts_per_tok": 4, "decoder_sparse_step": 1, "mlp_only_layers": [0], "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "moe_intermediate_size": 64,
         "norm_topk_prob": True,
     },
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": False},
     "deepseek_v2": {
-        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1, "first_k_dense_replace": 1,
-        "moe_layer_freq": 1, "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
-        "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
-        "norm_topk_prob": False, "attention_bias": False,
-        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "kv_lora_rank": 32,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "attention_bias": False,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 512,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
     },
     "gpt_oss": {
-        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "rope_scaling": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": None,
     },
 }
 TOP_K = {"ernie4_5_moe": "moe_k"}
@@ -49,7 +95,10 @@ def make_checkpoint(directory: Path, family: str, seed: int = 0, **overrides) ->
     kind, args = _get_classes(config)
     model = kind(args.from_dict(config))
     # larger than mlx-lm's own start values, so that logits are well apart
-    scaled = [(n, w * (3 if w.ndim > 1 else 1) + 0.05 * mx.random.normal(w.shape)) for n, w in tree_flatten(model.parameters())]
+    scaled = [
+        (n, w * (3 if w.ndim > 1 else 1) + 0.05 * mx.random.normal(w.shape))
+        for n, w in tree_flatten(model.parameters())
+    ]
     model.load_weights(scaled)
     directory.mkdir(parents=True, exist_ok=True)
     save_model(directory, model)
@@ -80,14 +129,21 @@ def dense_experts(container: Container) -> dict[str, np.ndarray]:
         records = []
         for e in range(layer.experts):
             start = container.record_offset(index, e)
-            records.append(trellis.parse(data[start : start + layer.record_bytes], layer.shapes, layer.bias, layer.file))
+            records.append(
+                trellis.parse(data[start : start + layer.record_bytes], layer.shapes, layer.bias, layer.file)
+            )
         for m, (name, rows, columns) in enumerate(layer.matrices):
             side = int(m == len(layer.matrices) - 1)
             sign = rotation.signs(container.spec.seed, layer.layer, side, columns)
-            dense = [rotation.unrotate(trellis.decode_matrix(r.matrices[m], r.length).astype(np.float64), sign) for r in records]
+            dense = [
+                rotation.unrotate(trellis.decode_matrix(r.matrices[m], r.length).astype(np.float64), sign)
+                for r in records
+            ]
             out[f"{layer.path}.{name}.weight"] = np.stack(dense)[:, :rows, :columns].astype(np.float32)
             if layer.bias:
-                out[f"{layer.path}.{name}.bias"] = np.stack([r.matrices[m].bias[:rows].astype(np.float32) for r in records])
+                out[f"{layer.path}.{name}.bias"] = np.stack(
+                    [r.matrices[m].bias[:rows].astype(np.float32) for r in records]
+                )
     return out
 
 

@@ -1,8 +1,8 @@
 """On Linux, lets MLX's CPU backend multiply with the OpenBLAS that numpy's wheel ships.
 
 MLX's CPU wheel links the reference BLAS: about 4 GFLOP/s where OpenBLAS reaches 200 and more on the same two cores. The
-library kernels/cpu/blas_shim.cpp answers for MLX's `cblas_sgemm`, if it is loaded before MLX. macOS has Accelerate: nothing
-is done there.
+library kernels/cpu/blas_shim.cpp answers for MLX's `cblas_sgemm`, if it is loaded before MLX. macOS has Accelerate:
+nothing is done there.
 """
 
 import ctypes

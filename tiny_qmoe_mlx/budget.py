@@ -10,17 +10,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.errors import BudgetError, FormatError
 
-UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
 AUTO_SHARE = 0.65
 MB = 1_000_000
-RUNTIME_BYTES = 100 * MB  # the interpreter with numpy, MLX and mlx-lm, measured on Linux: 77 MB, and what they allocate later
+RUNTIME_BYTES = (
+    100 * MB
+)  # the interpreter with numpy, MLX and mlx-lm, measured on Linux: 77 MB, and what they allocate later
 TOKENIZER_FACTOR = 14  # memory of a tokenizer over the size of its tokenizer.json, measured
 MLX_CACHE_BYTES = 32 * MB  # freed arrays that MLX may keep
 PREFILL_CHUNK = 512  # tokens; fixed, so that results do not depend on the budget
 DEFAULT_CONTEXT = 2048
-TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts", "experts_per_token", "moe_top_k")
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "moe_k",
+    "num_experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+    "experts_per_token",
+    "moe_top_k",
+)
+SIZE_KEYS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "vocab_size",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+)
 FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "BOOL": 1}
 
@@ -72,11 +98,15 @@ def parse_memory(text: str | int, machine: int | None = None) -> int:
         return int(machine * AUTO_SHARE)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[A-Z]*)", word)
     if not match or match[2] not in (*UNITS, "%"):
-        raise BudgetError(f"[memory] a budget should look like 6GB, 512MiB, 60%, auto or a number of bytes, received {text!r}.")
+        raise BudgetError(
+            f"[memory] a budget should look like 6GB, 512MiB, 60%, auto or a number of bytes, received {text!r}."
+        )
     scale = machine / 100 if match[2] == "%" else UNITS[match[2]]
     size = int(float(match[1]) * scale)
     if not 0 < size <= machine:
-        raise BudgetError(f"[memory] a budget should be more than 0 and at most this machine's {show(machine)}, received {text!r}.")
+        raise BudgetError(
+            f"[memory] a budget should be more than 0 and at most this machine's {show(machine)}, received {text!r}."
+        )
     return size
 
 
@@ -109,7 +139,8 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
     smallest, resident = (fixed + sum(s * n for s, n in slots.items()) for slots in (least, counts))
     if budget < smallest:
         raise BudgetError(
-            f"[memory] {show(budget)} is too small for this model with a context of {context} tokens; the smallest that works is "
+            f"[memory] {show(budget)} is too small for this model with a context of {context} tokens; the smallest "
+            f"that works is "
             f"{show(smallest)}, and {show(resident)} keeps every expert in memory."
         )
     slots = counts if budget >= resident else _share(counts, least, budget - fixed)
@@ -129,7 +160,10 @@ def _share(counts: dict[int, int], least: dict[int, int], pool: int) -> dict[int
     """Slots per record size: each size gets the same share of its records above the least that works."""
     spare = pool - sum(size * n for size, n in least.items())
     wanted = sum(size * (counts[size] - least[size]) for size in counts)
-    return {size: least[size] + int((counts[size] - least[size]) * spare / wanted) if wanted else least[size] for size in counts}
+    return {
+        size: least[size] + int((counts[size] - least[size]) * spare / wanted) if wanted else least[size]
+        for size in counts
+    }
 
 
 def _top_k(config: dict) -> int:
@@ -145,15 +179,20 @@ def _tokenizer_bytes(directory: Path) -> int:
 
 def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of every non-expert tensor, from the headers."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     sizes = {}
     experts = {layer.file for layer in container.spec.layers}
     for file in (container.directory / n for n in container.files if n.endswith(".safetensors") and n not in experts):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                part = tensors.get_slice(name)
-                sizes[name] = (part.get_dtype(), part.get_shape())
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    part = tensors.get_slice(name)
+                    sizes[name] = (part.get_dtype(), part.get_shape())
+        except SafetensorError as error:
+            raise FormatError(
+                f"[{file.name}] its header is damaged: {error}; copy or convert the model again."
+            ) from error
     return sizes
 
 
@@ -173,18 +212,28 @@ def longest_context(config: dict) -> int:
 
 
 def _text_config(config: dict) -> dict:
-    return config.get("text_config") or config
+    c = config.get("text_config") or config
+    for key in SIZE_KEYS:
+        if not isinstance(c.get(key), int | None) or (c.get(key) or 0) < 0:
+            raise FormatError(f"[config.json] {key} should be a number of at least 0, received {str(c[key])[:80]}.")
+    return c
 
 
 def kv_bytes(config: dict, context: int, cpu: bool) -> int:
-    """Bytes of the KV cache at a context, rounded up to the cache's steps of 256 tokens; keys and values of every layer."""
+    """Bytes of the KV cache at a context, rounded up to the cache's steps of 256 tokens; keys and values of every
+    layer.
+    """
     c = _text_config(config)
     layers = c.get("num_hidden_layers", 0)
     heads = c.get("num_key_value_heads") or c.get("num_attention_heads", 0)
     head = c.get("head_dim") or c.get("hidden_size", 0) // max(1, c.get("num_attention_heads", 1))
     per_token = 2 * heads * head
-    if c.get("qk_rope_head_dim"):  # multi-head latent attention; some of mlx-lm's models cache it expanded: allow for that
-        per_token = c["num_attention_heads"] * (c.get("qk_nope_head_dim", 0) + c["qk_rope_head_dim"] + c.get("v_head_dim", 0))
+    if c.get(
+        "qk_rope_head_dim"
+    ):  # multi-head latent attention; some of mlx-lm's models cache it expanded: allow for that
+        per_token = c["num_attention_heads"] * (
+            c.get("qk_nope_head_dim", 0) + c["qk_rope_head_dim"] + c.get("v_head_dim", 0)
+        )
     steps = -(-(context + 1) // 256) + 1
     return layers * per_token * steps * 256 * (4 if cpu else 2)
 
@@ -192,8 +241,9 @@ def kv_bytes(config: dict, context: int, cpu: bool) -> int:
 def scratch_bytes(container: Container, context: int, cpu: bool) -> int:
     """Bytes of activations while a chunk of the prompt passes a layer, and of the logits.
 
-    Counted: 12 arrays of the hidden size; 4 of the widest dense product; the attention scores twice where the CPU backend
-    materialises them; the chosen experts' rows twice; decoded weights; on the CPU the largest dequantized dense layer twice.
+    Counted: 12 arrays of the hidden size; 4 of the widest dense product; the attention scores twice where the CPU
+    backend materialises them; the chosen experts' rows twice; decoded weights; on the CPU the largest dequantized dense
+    layer twice.
     """
     from tiny_qmoe_mlx.ops import DENSE_BYTES
 
@@ -202,7 +252,11 @@ def scratch_bytes(container: Container, context: int, cpu: bool) -> int:
     hidden = c.get("hidden_size", 0)
     tensors = tensor_sizes(container)
     head = ("embed_tokens", "lm_head", "wte", "output")
-    dense = [_dense_size(name, shape, tensors) for name, (_, shape) in tensors.items() if name.endswith(".weight") and not any(h in name for h in head)]
+    dense = [
+        _dense_size(name, shape, tensors)
+        for name, (_, shape) in tensors.items()
+        if name.endswith(".weight") and not any(h in name for h in head)
+    ]
     widest, largest = max((rows for rows, _ in dense), default=0), max((math.prod(d) for d in dense), default=0)
     width = 4 if cpu else 2
     scores = 2 * c.get("num_attention_heads", 0) * tokens * context * width if cpu else 0

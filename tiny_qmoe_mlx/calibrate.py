@@ -36,7 +36,9 @@ def read_text(path: Path, where: str = "calibration") -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(f"[{where}] {path} should be UTF-8 text, byte {error.start} is not; is it a binary file?") from error
+        raise FormatError(
+            f"[{where}] {path} should be UTF-8 text, byte {error.start} is not; is it a binary file?"
+        ) from error
     if "\0" in text:
         raise FormatError(f"[{where}] {path} should be text, byte {text.index(chr(0))} is NUL; is it a binary file?")
     return text
@@ -50,7 +52,9 @@ def token_batch(ids: list[int], sequences: int, length: int, where: str) -> np.n
     """
     count = min(sequences, len(ids) // length)
     if count < 1:
-        raise FormatError(f"[calibration] {where} should have at least {length} tokens, it has {len(ids)}; give a longer text.")
+        raise FormatError(
+            f"[calibration] {where} should have at least {length} tokens, it has {len(ids)}; give a longer text."
+        )
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return np.stack([np.asarray(ids[s : s + length], np.int32) for s in starts])
 
@@ -60,8 +64,8 @@ def expert_inputs(
 ) -> Iterator[ExpertInputs]:
     """One layer's experts as the quantizer takes them.
 
-    The Hessian of an expert's inputs is the mean of x x^T over its tokens, with the layer's blended in where they are few
-    (`quantize.blend`); that of down's inputs likewise, over the activations that the expert's own weights give.
+    The Hessian of an expert's inputs is the mean of x x^T over its tokens, with the layer's blended in where they are
+    few (`quantize.blend`); that of down's inputs likewise, over the activations that the expert's own weights give.
 
     Args:
         weights: float32 (experts, rows, columns) per matrix.

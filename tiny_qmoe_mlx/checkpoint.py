@@ -1,13 +1,16 @@
-"""The original model: from a directory or the Hugging Face hub to a lazy mlx-lm model, and which of its modules are experts.
+"""The original model: from a directory or the Hugging Face hub to a lazy mlx-lm model, and which of its modules are
+experts.
 
-mlx-lm builds the model and renames, splits and stacks the tensors of every family; its arrays are lazy, so a layer's weights
-are read from disk when they are first evaluated, and freed with the last reference.
+mlx-lm builds the model and renames, splits and stacks the tensors of every family; its arrays are lazy, so a layer's
+weights are read from disk when they are first evaluated, and freed with the last reference.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.errors import FormatError
 
-ROUTED = re.compile(r"\.(experts|switch_mlp|switch_glu)\.")  # names of routed experts' tensors, in checkpoints and in mlx-lm
+ROUTED = re.compile(
+    r"\.(experts|switch_mlp|switch_glu)\."
+)  # names of routed experts' tensors, in checkpoints and in mlx-lm
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.jsonl"]
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
@@ -46,9 +51,13 @@ def find_directory(model: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise FormatError(f"[model] {model} should be a directory, it is a file; name the directory that holds config.json.")
+        raise FormatError(
+            f"[model] {model} should be a directory, it is a file; name the directory that holds config.json."
+        )
     if not HUB_ID.fullmatch(model):
-        raise FormatError(f"[model] {model} should be a directory with config.json, or a hub id such as org/name; no such directory.")
+        raise FormatError(
+            f"[model] {model} should be a directory with config.json, or a hub id such as org/name; no such directory."
+        )
     return _download(model, revision)
 
 
@@ -58,9 +67,13 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
     except errors.GatedRepoError as error:
-        raise FormatError(f"[model] {model} needs a login and accepted terms on the hub; log in with `hf auth login`.") from error
+        raise FormatError(
+            f"[model] {model} needs a login and accepted terms on the hub; log in with `hf auth login`."
+        ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise FormatError(f"[model] {model} (revision {revision or 'main'}) is no directory here and not on the hub.") from error
+        raise FormatError(
+            f"[model] {model} (revision {revision or 'main'}) is no directory here and not on the hub."
+        ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FormatError(f"[model] {model} is no directory here, and the hub could not be asked: {reason}") from error
@@ -101,7 +114,9 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
         raise FormatError(f"[model] {directory} should hold model*.safetensors and does not.") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise FormatError(f"[model] mlx-lm cannot load {directory} (model_type {config['model_type']}): {reason}") from error
+        raise FormatError(
+            f"[model] mlx-lm cannot load {directory} (model_type {config['model_type']}): {reason}"
+        ) from error
     return model, config
 
 
@@ -115,12 +130,18 @@ def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
 
     try:
         tokenizer = load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
-        works = bool(tokenizer.encode("a", add_special_tokens=False))  # transformers makes an empty one where there are no files
+        works = bool(
+            tokenizer.encode("a", add_special_tokens=False)
+        )  # transformers makes an empty one where there are no files
     except Exception as error:  # whatever the libraries trip over in a damaged file
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise FormatError(f"[tokenizer] {directory} should hold a tokenizer that transformers can load, it cannot: {reason}") from error
+        raise FormatError(
+            f"[tokenizer] {directory} should hold a tokenizer that transformers can load, it cannot: {reason}"
+        ) from error
     if not works:
-        raise FormatError(f"[tokenizer] {directory} should hold a tokenizer (tokenizer.json, or tokenizer.model) and holds none.")
+        raise FormatError(
+            f"[tokenizer] {directory} should hold a tokenizer (tokenizer.json, or tokenizer.model) and holds none."
+        )
     return tokenizer
 
 
@@ -131,13 +152,21 @@ def check_finite(directory: Path) -> None:
         ValueError: with the tensor's name; MLX's quantization would hide a NaN.
     """
     for file in sorted(directory.glob("model*.safetensors")):
-        tensors = mx.load(str(file))
+        tensors = cast(dict[str, mx.array], mx.load(str(file)))
         for name in list(tensors):
             array = tensors.pop(name)  # popped, so that it is freed once it has been looked at
             if ROUTED.search(name) or not mx.issubdtype(array.dtype, mx.floating):
                 continue
             if not mx.isfinite(array).all().item():
-                raise ValueError(f"[{file.name}] {name} should be finite, received NaN or Inf; download the checkpoint again.")
+                raise ValueError(
+                    f"[{file.name}] {name} should be finite, received NaN or Inf; download the checkpoint again."
+                )
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """nn.Module.named_modules with its types."""
+    for path, module in model.named_modules():
+        yield str(path), cast(nn.Module, module)
 
 
 def expert_layers(model: nn.Module) -> list[ExpertLayer]:
@@ -146,14 +175,16 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     Raises:
         FormatError: the model has none.
     """
-    found = []
-    for path, module in model.named_modules():
+    found: list[ExpertLayer] = []
+    for path, module in named_modules(model):
         if isinstance(module, tuple(MATRIX_NAMES)):
             index = re.search(r"\.(\d+)\.", path)
             found.append(ExpertLayer(path, int(index.group(1)) if index else len(found), module))
     if not found:
-        raise FormatError("[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found; "
-                          "a dense model cannot be converted with this codec yet.")
+        raise FormatError(
+            "[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found; "
+            "a dense model cannot be converted with this codec yet."
+        )
     return sorted(found, key=lambda e: e.layer)
 
 
@@ -176,9 +207,19 @@ def dense_weights(layer: ExpertLayer) -> tuple[list[np.ndarray], list[np.ndarray
     """A layer's weights and biases, read now: per matrix float32 (experts, rows, columns), and (experts, rows) or None.
 
     Quantized checkpoints are dequantized.
+
+    Raises:
+        ValueError: NaN or Inf, with layer and expert.
     """
     weights = [_dense(layer.module[n]) for n in layer.names]
     biases = [_float32(layer.module[n]["bias"]) for n in layer.names] if has_bias(layer) else None
+    for name, values in zip(2 * layer.names, weights + (biases or [])):  # noqa: B905 (biases may be absent)
+        for expert, part in enumerate(values):
+            if not np.isfinite(part).all():
+                raise ValueError(
+                    f"[{layer.path}] {name} of expert {expert} should be finite, received NaN or Inf; "
+                    "download the checkpoint again."
+                )
     return weights, biases
 
 
@@ -192,5 +233,13 @@ def _dense(linear: nn.Module) -> np.ndarray:
         return _float32(linear["weight"])
     scale = {} if linear.get("global_scale") is None else {"global_scale": linear["global_scale"]}
     return _float32(
-        mx.dequantize(linear["weight"], linear["scales"], linear.get("biases"), linear.group_size, linear.bits, linear.mode, **scale)
+        mx.dequantize(
+            linear["weight"],
+            linear["scales"],
+            linear.get("biases"),
+            linear.group_size,
+            linear.bits,
+            linear.mode,
+            **scale,
+        )
     )

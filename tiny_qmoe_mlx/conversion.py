@@ -1,12 +1,13 @@
 """A checkpoint's experts compressed, the rest quantized by MLX, one directory written.
 
-Conversion is one forward pass of the calibration tokens: each expert layer, when the tokens reach it, quantizes itself, writes
-its file, and passes on what its compressed experts compute, so later layers are calibrated on what they will receive.
+Conversion is one forward pass of the calibration tokens: each expert layer, when the tokens reach it, quantizes itself,
+writes its file, and passes on what its compressed experts compute, so later layers are calibrated on what they will
+receive.
 """
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,18 @@ from tiny_qmoe_mlx.staging import check_space, check_target, staged_directory, w
 MIN_BITS, MAX_BITS = 0.5, 4.0
 REST_GROUP = 64
 BUILTIN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
-COPIED = ("tokenizer*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
-          "generation_config.json", "*.model", "LICENSE*")
+COPIED = (
+    "tokenizer*",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "LICENSE*",
+)
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -37,8 +48,9 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 class Settings:
     """How to convert.
 
-    bits: per expert weight, everything counted; rest_bits: 4, 6, 8 or 16 for what is not an expert; length: L of the trellis;
-    calibration: path of a text, "builtin" or "none"; sequences x tokens of it are used; seed: of the rotation's signs.
+    bits: per expert weight, everything counted; rest_bits: 4, 6, 8 or 16 for what is not an expert; length: L of the
+    trellis; calibration: path of a text, "builtin" or "none"; sequences x tokens of it are used; seed: of the
+    rotation's signs.
     """
 
     bits: float = 2.0
@@ -51,11 +63,17 @@ class Settings:
 
 
 class QuantizingExperts(nn.Module):
-    """Stands for an expert layer while the calibration tokens pass: quantizes, writes, and computes from the records."""
+    """Stands for an expert layer while the calibration tokens pass: quantizes, writes, and computes from the
+    records.
+    """
 
     def __init__(self, source: checkpoint.ExpertLayer, spec: LayerSpec, finish: Callable):
         super().__init__()
-        self._source, self._spec, self._finish = source, spec, finish
+        self._source, self._spec, self._finish = [source], spec, finish
+
+    def take_source(self) -> checkpoint.ExpertLayer:
+        """The original layer, forgotten here so that its weights can be freed."""
+        return self._source.pop()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         mx.eval(x, indices)
@@ -108,14 +126,19 @@ def convert(
 
 def _check_settings(settings: Settings) -> None:
     if not native.available():
-        raise FormatError("[convert] conversion needs the C++ library, which was not built because no C++ compiler was found; "
-                          "install one (on Debian: apt install g++, on macOS: xcode-select --install) and install tiny-qmoe-mlx again.")
+        raise FormatError(
+            "[convert] conversion needs the C++ library, which was not built because no C++ compiler was found; "
+            "install one (on Debian: apt install g++, on macOS: xcode-select --install) and install tiny-qmoe-mlx "
+            "again."
+        )
     if not MIN_BITS <= settings.bits <= MAX_BITS:
         raise ValueError(f"[convert] bits should lie in {MIN_BITS} to {MAX_BITS}, received {settings.bits}.")
     if settings.rest_bits not in (4, 6, 8, 16):
         raise ValueError(f"[convert] rest bits should be 4, 6, 8 or 16, received {settings.rest_bits}.")
     if settings.length not in trellis.LENGTHS:
-        raise ValueError(f"[convert] the trellis length should be one of {trellis.LENGTHS}, received {settings.length}.")
+        raise ValueError(
+            f"[convert] the trellis length should be one of {trellis.LENGTHS}, received {settings.length}."
+        )
     if not 0 <= settings.seed < 2**32:
         raise ValueError(f"[convert] the seed should lie in 0 to {2**32 - 1}, received {settings.seed}.")
     if min(settings.sequences, settings.sequence_tokens) < 1:
@@ -127,19 +150,31 @@ def _plan_layers(layers: list[checkpoint.ExpertLayer], settings: Settings, name:
     sized = []
     for found in layers:
         shapes = [(rows, columns) for _, rows, columns in checkpoint.matrix_shapes(found)]
-        sized.append(record_bytes_for(settings.bits, shapes, checkpoint.expert_count(found), checkpoint.has_bias(found)))
+        sized.append(
+            record_bytes_for(settings.bits, shapes, checkpoint.expert_count(found), checkpoint.has_bias(found))
+        )
     alignment = min(a for _, a in sized)
     specs = [
         LayerSpec(
-            path=found.path, layer=found.layer, file=expert_file_name(found.layer), experts=checkpoint.expert_count(found),
-            record_bytes=size // alignment * alignment, matrices=tuple(checkpoint.matrix_shapes(found)), bias=checkpoint.has_bias(found),
+            path=found.path,
+            layer=found.layer,
+            file=expert_file_name(found.layer),
+            experts=checkpoint.expert_count(found),
+            record_bytes=size // alignment * alignment,
+            matrices=tuple(checkpoint.matrix_shapes(found)),
+            bias=checkpoint.has_bias(found),
         )
         for found, (size, _) in zip(layers, sized, strict=True)
     ]
     text = BUILTIN_TEXT.name if settings.calibration == "builtin" else Path(settings.calibration).name
     return ModelSpec(
-        format_version=FORMAT_VERSION, codec=CODEC, bits=round(bits_per_weight(specs, alignment), 4), alignment=alignment,
-        seed=settings.seed, layers=tuple(specs), source={"model": name, "revision": None},
+        format_version=FORMAT_VERSION,
+        codec=CODEC,
+        bits=round(bits_per_weight(specs, alignment), 4),
+        alignment=alignment,
+        seed=settings.seed,
+        layers=tuple(specs),
+        source={"model": name, "revision": None},
         calibration={"source": text, "tokens": 0},
     )
 
@@ -155,15 +190,35 @@ def _calibration_tokens(source: Path, config: dict, settings: Settings) -> np.nd
 
 
 def _write_rest(
-    model: nn.Module, config: dict, layers: list[checkpoint.ExpertLayer], spec: ModelSpec, settings: Settings, source: Path, directory: Path
+    model: nn.Module,
+    config: dict,
+    layers: list[checkpoint.ExpertLayer],
+    spec: ModelSpec,
+    settings: Settings,
+    source: Path,
+    directory: Path,
 ) -> None:
     """Everything but the experts: weights quantized and saved, config, tokenizer; leaves stand-ins for the experts."""
     model.update_modules(tree_unflatten([(found.path, nn.Module()) for found in layers]))
     if settings.rest_bits < 16:
         routers = _routers(model, layers)
-        nn.quantize(model, REST_GROUP, settings.rest_bits, class_predicate=lambda path, module: _may_quantize(model, path, module, routers))
-    save_model(directory, model)
-    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config", "vision_config")}
+        nn.quantize(
+            model,
+            REST_GROUP,
+            settings.rest_bits,
+            class_predicate=lambda path, module: _may_quantize(model, path, module, routers),
+        )
+    try:
+        save_model(directory, model)
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise OSError(
+            f"[{directory.parent}] the weights could not be written, is the disk full? MLX says: {error}"
+        ) from error
+    config = {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization", "quantization_config", "vision_config")
+    }
     if settings.rest_bits < 16:
         config["quantization"] = {"group_size": REST_GROUP, "bits": settings.rest_bits, "mode": "affine"}
     write_json(directory / "config.json", {**config, "tiny_qmoe": spec.to_dict()})
@@ -173,7 +228,9 @@ def _write_rest(
 
 
 def _routers(model: nn.Module, layers: list[checkpoint.ExpertLayer]) -> set[str]:
-    """Paths of the layers that score experts: within the same decoder layer, with one output per expert. They stay in 16 bits."""
+    """Paths of the layers that score experts: within the same decoder layer, with one output per expert. They stay
+    in 16 bits.
+    """
     experts = {re.sub(rf"(?<=\.{f.layer}\.).*", "", f.path): checkpoint.expert_count(f) for f in layers}
     return {
         path
@@ -190,23 +247,32 @@ def _may_quantize(model: nn.Module, path: str, module: nn.Module, routers: set[s
 
 
 def _write_experts(
-    model: nn.Module, layers: list[checkpoint.ExpertLayer], spec: ModelSpec, settings: Settings, batch: np.ndarray | None,
-    directory: Path, progress: Progress,
+    model: nn.Module,
+    layers: list[checkpoint.ExpertLayer],
+    spec: ModelSpec,
+    settings: Settings,
+    batch: np.ndarray | None,
+    directory: Path,
+    progress: Progress,
 ) -> None:
     total, done = sum(layer.experts for layer in spec.layers), 0
 
-    def one(record: np.ndarray) -> np.ndarray:
+    def counted(records: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
         nonlocal done
-        done += 1
-        progress("quantizing experts", done, total)
-        return record
+        for record in records:
+            kept.append(record)
+            done += 1
+            progress("quantizing experts", done, total)
+            yield record
 
-    def finish(found: checkpoint.ExpertLayer, layer: LayerSpec, tokens: calibrate.LayerTokens | None) -> np.ndarray | None:
+    def finish(
+        found: checkpoint.ExpertLayer, layer: LayerSpec, tokens: calibrate.LayerTokens | None
+    ) -> list[np.ndarray]:
         kind = ops.ExpertKind(layer.matrices, layer.bias, spec.seed, layer.layer, found.module.activation)
-        records = quantize_records(found, layer, kind, tokens, settings)
-        kept: list[np.ndarray] = []
-        write_experts_file(directory, layer, spec.alignment, (kept.append(one(r)) or r for r in records))
-        return None if tokens is None else layer_output(kept, tokens, kind)
+        records: list[np.ndarray] = []
+        made = quantize_records(found, layer, kind, tokens, settings)
+        write_experts_file(directory, layer, spec.alignment, counted(made, records))
+        return records
 
     progress("quantizing experts", 0, total)
     if batch is None:
@@ -216,14 +282,17 @@ def _write_experts(
     _run_tokens(model, layers, spec, finish, batch)
 
 
-def _run_tokens(model: nn.Module, layers: list[checkpoint.ExpertLayer], spec: ModelSpec, finish: Callable, batch: np.ndarray) -> None:
+def _run_tokens(
+    model: nn.Module, layers: list[checkpoint.ExpertLayer], spec: ModelSpec, finish: Callable, batch: np.ndarray
+) -> None:
     """The forward pass of the calibration tokens, with each expert layer's work done as they reach it."""
     passed = []
 
     def reached(module: QuantizingExperts, tokens: calibrate.LayerTokens) -> np.ndarray:
-        found, module._source = module._source, None  # its weights can be freed now
+        found, layer = module.take_source(), module._spec
         passed.append(found.path)
-        return finish(found, module._spec, tokens)
+        kind = ops.ExpertKind(layer.matrices, layer.bias, spec.seed, layer.layer, found.module.activation)
+        return layer_output(finish(found, layer, tokens), tokens, kind)
 
     stand_ins = [(f.path, QuantizingExperts(f, s, reached)) for f, s in zip(layers, spec.layers, strict=True)]
     layers.clear()
@@ -234,11 +303,18 @@ def _run_tokens(model: nn.Module, layers: list[checkpoint.ExpertLayer], spec: Mo
     model(mx.array(batch))
     missing = [layer.path for layer in spec.layers if layer.path not in passed]
     if missing:
-        raise FormatError(f"[convert] the tokens should pass every expert layer, they did not pass {missing[0]}; this model type is not supported yet.")
+        raise FormatError(
+            f"[convert] the tokens should pass every expert layer, they did not pass {missing[0]}; this model type "
+            f"is not supported yet."
+        )
 
 
 def quantize_records(
-    found: checkpoint.ExpertLayer, layer: LayerSpec, kind: ops.ExpertKind, tokens: calibrate.LayerTokens | None, settings: Settings
+    found: checkpoint.ExpertLayer,
+    layer: LayerSpec,
+    kind: ops.ExpertKind,
+    tokens: calibrate.LayerTokens | None,
+    settings: Settings,
 ) -> Iterable[np.ndarray]:
     """One layer's records, u8 (record_bytes,) each, expert 0 first.
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError
 
 RECIPE = 1  # part of the directory's name: raise it whenever the built files change
 LAYERS_PER_SHARD = 10
@@ -31,11 +31,11 @@ DATA = Path(__file__).parent / "data"
 GGUF_CONTROL_TOKEN = 3  # the GGUF's token type of <|im_start|> and the like
 
 # What `generate --model demo` uses where the command line says nothing. Greedy decoding of so small a model loops.
-PROMPT = "What is the water cycle?"
+PROMPT = "Why are trees important?"
 CHAT = True  # the prompt goes through the chat template
-TEMPERATURE = 0.7
+TEMPERATURE = 0.3
 TOP_P = 0.9
-REPETITION_PENALTY = 1.15
+REPETITION_PENALTY = 1.1
 MAX_TOKENS = 200
 SEED = 0
 

@@ -1,4 +1,6 @@
-"""`python -m tiny_qmoe_mlx.evaluate`: perplexity of a model on a text, and how far its predictions are from another model's."""
+"""`python -m tiny_qmoe_mlx.evaluate`: perplexity of a model on a text, and how far its predictions are from another
+model's.
+"""
 
 import argparse
 import math
@@ -28,8 +30,8 @@ def evaluate(
         against: another model over the same vocabulary, whose predictions are the truth for KL and top-1.
 
     Returns:
-        tokens, nll (mean, nats), perplexity; with `against` also kl_mean, kl_median, kl_p99 (nats), top1 (share of positions
-        where both like the same token best) and against_perplexity.
+        tokens, nll (mean, nats), perplexity; with `against` also kl_mean, kl_median, kl_p99 (nats), top1 (share of
+        positions where both like the same token best) and against_perplexity.
 
     Raises:
         ValueError: the two vocabularies differ.
@@ -46,14 +48,19 @@ def evaluate(
     if against is not None:
         kl = columns[2]
         out |= {
-            "kl_mean": float(kl.mean()), "kl_median": float(np.median(kl)), "kl_p99": float(np.quantile(kl, 0.99)),
-            "top1": float(columns[3].mean()), "against_perplexity": math.exp(float(columns[1].mean())),
+            "kl_mean": float(kl.mean()),
+            "kl_median": float(np.median(kl)),
+            "kl_p99": float(np.quantile(kl, 0.99)),
+            "top1": float(columns[3].mean()),
+            "against_perplexity": math.exp(float(columns[1].mean())),
         }
     return out
 
 
 def _score(model: Any, against: Any, window: list[int]) -> list[Any]:
-    """Per predicted token: nll, and with another model its nll, the KL divergence from it, and whether the best agree."""
+    """Per predicted token: nll, and with another model its nll, the KL divergence from it, and whether the best
+    agree.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -68,7 +75,9 @@ def _score(model: Any, against: Any, window: list[int]) -> list[Any]:
     if against is not None:
         p = log_probabilities(against)
         if p.shape != q.shape:
-            raise ValueError(f"[evaluate] both models should have one vocabulary, received {q.shape[-1]} and {p.shape[-1]} tokens.")
+            raise ValueError(
+                f"[evaluate] both models should have one vocabulary, received {q.shape[-1]} and {p.shape[-1]} tokens."
+            )
         kl = (mx.exp(p) * (p - q)).sum(-1)
         parts += [-mx.take_along_axis(p, targets, -1)[:, 0], kl, (p.argmax(-1) == q.argmax(-1)).astype(mx.float32)]
     mx.eval(parts)
@@ -96,7 +105,9 @@ def open_any(name: str, memory: str | int = "auto", quiet: bool = False, context
     tokenizer = models.open_tokenizer(directory) if converted else None
     limit = budget.longest_context(checkpoint.read_config(directory))
     if context > limit:
-        raise ValueError(f"[evaluate] --window should be at most the model's context of {limit} tokens, received {context}.")
+        raise ValueError(
+            f"[evaluate] --window should be at most the model's context of {limit} tokens, received {context}."
+        )
     if converted:
         with terminal.Bars(quiet) as bars:
             return models.load(directory, memory, context, bars, tokenizer)
@@ -114,10 +125,16 @@ def parser() -> argparse.ArgumentParser:
     p = terminal.parser("evaluate", __doc__.split(": ", 1)[1], EXAMPLES)
     terminal.add_model(p)
     p.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to predict")
-    p.add_argument("--against", metavar="DIR|HUB_ID", help="a converted or original model: KL divergence from it and top-1 agreement with it")
+    p.add_argument(
+        "--against",
+        metavar="DIR|HUB_ID",
+        help="a converted or original model: KL divergence from it and top-1 agreement with it",
+    )
     p.add_argument("--window", type=int, default=512, help="tokens predicted with one context (default 512)")
     p.add_argument("--tokens", type=int, default=8192, help="most tokens to predict (default 8192)")
-    p.add_argument("--memory", default="auto", metavar="6GB|60%|auto", help="budget of the converted model (default auto)")
+    p.add_argument(
+        "--memory", default="auto", metavar="6GB|60%|auto", help="budget of the converted model (default auto)"
+    )
     terminal.add_quiet(p)
     terminal.add_json(p)
     return p
@@ -127,7 +144,9 @@ def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     if args.window < 1 or args.tokens < 1:
-        raise ValueError(f"[evaluate] --window and --tokens should be at least 1, received {args.window} and {args.tokens}.")
+        raise ValueError(
+            f"[evaluate] --window and --tokens should be at least 1, received {args.window} and {args.tokens}."
+        )
     quiet = args.quiet or args.json
     from tiny_qmoe_mlx.calibrate import read_text
 
@@ -149,8 +168,12 @@ def main(argv: list[str]) -> int:
 def _lines(found: dict[str, float]) -> Iterator[str]:
     yield f"{found['tokens']} tokens: perplexity {found['perplexity']:.3f}, {found['bits_per_byte']:.4f} bits per byte"
     if "kl_mean" in found:
-        yield (f"against the other model (perplexity {found['against_perplexity']:.3f}): KL mean {found['kl_mean']:.4f}, median "
-               f"{found['kl_median']:.4f}, 99th percentile {found['kl_p99']:.4f}; same best token {100 * found['top1']:.1f} %")
+        yield (
+            f"against the other model (perplexity {found['against_perplexity']:.3f}): KL mean "
+            f"{found['kl_mean']:.4f}, median "
+            f"{found['kl_median']:.4f}, 99th percentile {found['kl_p99']:.4f}; same best token "
+            f"{100 * found['top1']:.1f} %"
+        )
 
 
 if __name__ == "__main__":

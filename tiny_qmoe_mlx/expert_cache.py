@@ -112,7 +112,9 @@ class ExpertCache:
         """Read experts into slots, in parallel, and pin them once; all or none."""
         pool = self.pool_of_layer[layer]
         slots = [pool.take() for _ in experts]
-        tasks = [self._readers.submit(self.store.read, layer, e, pool.slot(s)) for e, s in zip(experts, slots, strict=True)]
+        tasks = [
+            self._readers.submit(self.store.read, layer, e, pool.slot(s)) for e, s in zip(experts, slots, strict=True)
+        ]
         try:
             for task in tasks:
                 task.result()

@@ -55,7 +55,9 @@ class ExpertStore:
             got = os.preadv(self._files[layer], [memoryview(into)[done:]], start + done)
             if got == 0:
                 name = self.container.expert_file(layer)
-                raise FormatError(f"[{name}] expert {expert} should end at byte {start + len(into)}, the file ends at {start + done}.")
+                raise FormatError(
+                    f"[{name}] expert {expert} should end at byte {start + len(into)}, the file ends at {start + done}."
+                )
             done += got
         with self._lock:
             self.records_read += 1
@@ -69,8 +71,10 @@ class ExpertStore:
         for i, expected in enumerate(self._checksums[layer][expert]):
             part = record[i * CHECKSUM_BYTES : (i + 1) * CHECKSUM_BYTES]
             if xxhash.xxh3_64_intdigest(part) != int(expected):
-                raise FormatError(f"[{where}] the record's checksum does not match its bytes: the file is damaged; "
-                                  "copy it again, or convert the model again.")
+                raise FormatError(
+                    f"[{where}] the record's checksum does not match its bytes: the file is damaged; "
+                    "copy it again, or convert the model again."
+                )
         ops.check_record(record, self.kinds[layer], where)
         with self._lock:
             self._checked.add((layer, expert))

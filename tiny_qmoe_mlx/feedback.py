@@ -19,12 +19,12 @@ GROUPS = COLUMN_BLOCK // TILE_COLUMNS
 Encoder = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def clipped_mean(diagonal: np.ndarray) -> float:
-    """Mean of the diagonal with entries limited to 20 times their median; 1 where all are zero."""
+def clipped(diagonal: np.ndarray) -> np.ndarray:
+    """Second moments with the largest limited to 20 times the median; ones where all are zero."""
     positive = diagonal[diagonal > 0]
     if not len(positive):
-        return 1.0
-    return float(np.minimum(diagonal, CLIP * np.median(positive)).mean())
+        return np.ones_like(diagonal)
+    return np.clip(diagonal, 0, CLIP * np.median(positive))
 
 
 def rotated_hessian(h: np.ndarray, sign: np.ndarray, damping: float = DAMPING) -> np.ndarray:
@@ -33,7 +33,7 @@ def rotated_hessian(h: np.ndarray, sign: np.ndarray, damping: float = DAMPING) -
     h = (h + h.T) / 2
     padded = np.zeros((len(sign), len(sign)))
     padded[: len(h), : len(h)] = h
-    padded[np.diag_indices_from(padded)] += damping * clipped_mean(np.diag(h))
+    padded[np.diag_indices_from(padded)] += damping * clipped(np.diag(h)).mean()
     return rotate(np.ascontiguousarray(rotate(padded, sign).T), sign)
 
 

@@ -43,17 +43,33 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = terminal.parser("generate", __doc__.split(": ", 1)[1], EXAMPLES)
     terminal.add_model(p)
-    p.add_argument("--prompt", metavar="TEXT|-", help="the prompt; - reads it from standard input (the demo has one of its own)")
+    p.add_argument(
+        "--prompt", metavar="TEXT|-", help="the prompt; - reads it from standard input (the demo has one of its own)"
+    )
     p.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
     p.add_argument("--ignore-chat-template", action="store_true", help="give the prompt to the model as it is")
     p.add_argument("--max-tokens", type=int, help="most tokens to write (default 256)")
     p.add_argument("--temp", type=float, help="sampling temperature; 0 is greedy (default 0; the demo 0.7)")
     p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability (default 1)")
-    p.add_argument("--min-p", type=float, default=0.0, help="leave out tokens less likely than this share of the likeliest (default 0)")
+    p.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="leave out tokens less likely than this share of the likeliest (default 0)",
+    )
     p.add_argument("--repetition-penalty", type=float, help="make recent tokens less likely; 1 is off (default 1)")
     p.add_argument("--seed", type=int, help="of the sampling (default 0)")
-    p.add_argument("--memory", default="auto", metavar="6GB|60%|auto", help="budget for everything the process holds (default auto: at most 65%% of the machine)")
-    p.add_argument("--context", type=int, help="tokens that the budget provides for (default 2048, or what prompt and --max-tokens need)")
+    p.add_argument(
+        "--memory",
+        default="auto",
+        metavar="6GB|60%|auto",
+        help="budget for everything the process holds (default auto: at most 65%% of the machine)",
+    )
+    p.add_argument(
+        "--context",
+        type=int,
+        help="tokens that the budget provides for (default 2048, or what prompt and --max-tokens need)",
+    )
     p.add_argument("--stats", metavar="FILE", help="write the run's figures as JSON")
     terminal.add_quiet(p)
     terminal.add_json(p)
@@ -64,9 +80,7 @@ def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     _fill_defaults(args)
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not text or not text.strip():
-        raise ValueError("[prompt] should be some text, it is empty; give --prompt TEXT, or --prompt - and text on standard input.")
+    text = _prompt_text(args)
     if args.stats and (Path(args.stats).is_dir() or not Path(args.stats).absolute().parent.is_dir()):
         raise ValueError(f"[generate] --stats should name a file in a directory that exists, received {args.stats}.")
     directory = locate.model_directory(args.model, args.quiet or args.json)
@@ -76,7 +90,9 @@ def main(argv: list[str]) -> int:
     tokenizer = models.open_tokenizer(directory)
     prompt = _prompt_ids(tokenizer, text, args)
     if not prompt:
-        raise ValueError("[prompt] should have at least one token, this model's tokenizer makes none of it; give another text.")
+        raise ValueError(
+            "[prompt] should have at least one token, this model's tokenizer makes none of it; give another text."
+        )
     context = _context(directory, len(prompt), args)
     with terminal.Bars(args.quiet or args.json) as bars:
         model, _ = models.load(directory, args.memory, context, bars, tokenizer)
@@ -96,15 +112,43 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     from tiny_qmoe_mlx import demo
 
     common = {"prompt": None, "max_tokens": 256, "temp": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
-    own = {"prompt": demo.PROMPT, "max_tokens": demo.MAX_TOKENS, "temp": demo.TEMPERATURE, "top_p": demo.TOP_P,
-           "repetition_penalty": demo.REPETITION_PENALTY, "seed": demo.SEED}
+    own = {
+        "prompt": demo.PROMPT,
+        "max_tokens": demo.MAX_TOKENS,
+        "temp": demo.TEMPERATURE,
+        "top_p": demo.TOP_P,
+        "repetition_penalty": demo.REPETITION_PENALTY,
+        "seed": demo.SEED,
+    }
     for name, value in (own if args.model == locate.DEMO else common).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, low, high in (("max_tokens", 1, 1 << 20), ("temp", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0.01, 100),
-                            ("seed", 0, 2**64 - 1)):
+    for name, low, high in (
+        ("max_tokens", 1, 1 << 20),
+        ("temp", 0, 100),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("repetition_penalty", 0.01, 100),
+        ("seed", 0, 2**64 - 1),
+    ):
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"[generate] --{name.replace('_', '-')} should lie in {low} to {high}, received {getattr(args, name)}.")
+            raise ValueError(
+                f"[generate] --{name.replace('_', '-')} should lie in {low} to {high}, received {getattr(args, name)}."
+            )
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    try:
+        text = args.prompt if args.prompt != "-" else sys.stdin.read() if sys.stdin else ""  # None where it was closed
+        for part in (text, args.system_prompt):
+            (part or "").encode()  # bytes that were no UTF-8 came in as lone surrogates, which no tokenizer takes
+    except UnicodeError as error:
+        raise ValueError(f"[prompt] should be UTF-8 text and is not: {error}.") from error
+    if not text or not text.strip():
+        raise ValueError(
+            "[prompt] should be some text, it is empty; give --prompt TEXT, or --prompt - and text on standard input."
+        )
+    return text
 
 
 def _prompt_ids(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int]:
@@ -123,10 +167,16 @@ def _context(directory: Path, prompt_tokens: int, args: argparse.Namespace) -> i
     needed = prompt_tokens + args.max_tokens
     limit = budget.longest_context(checkpoint.read_config(directory))
     if needed > limit:
-        raise ValueError(f"[prompt] has {prompt_tokens} tokens and --max-tokens is {args.max_tokens}; together they should be at most "
-                         f"the model's {limit}; give a shorter prompt or fewer tokens.")
+        raise ValueError(
+            f"[prompt] has {prompt_tokens} tokens and --max-tokens is {args.max_tokens}; together they should be at "
+            f"most "
+            f"the model's {limit}; give a shorter prompt or fewer tokens."
+        )
     if args.context is not None and not needed <= args.context <= limit:
-        raise ValueError(f"[generate] --context should lie between {needed} (prompt and --max-tokens) and the model's {limit}, received {args.context}.")
+        raise ValueError(
+            f"[generate] --context should lie between {needed} (prompt and --max-tokens) and the model's {limit}, "
+            f"received {args.context}."
+        )
     return args.context or min(limit, max(needed, budget.DEFAULT_CONTEXT))
 
 
@@ -159,17 +209,24 @@ def _write(model: Any, tokenizer: Any, prompt: list[int], args: argparse.Namespa
 def _stats(model: Any, response: Any, first: float, tokens: list[int], text: str) -> dict[str, Any]:
     own = model.tiny_qmoe.stats()
     return {
-        "prompt_tokens": response.prompt_tokens, "prompt_tps": response.prompt_tps, "ttft_s": first,
-        "generation_tokens": response.generation_tokens, "generation_tps": response.generation_tps,
-        "finish_reason": response.finish_reason, "tokens": tokens, "text": text,
-        **own, "bytes_per_token": own["bytes_read"] / max(1, response.generation_tokens),
+        "prompt_tokens": response.prompt_tokens,
+        "prompt_tps": response.prompt_tps,
+        "ttft_s": first,
+        "generation_tokens": response.generation_tokens,
+        "generation_tps": response.generation_tps,
+        "finish_reason": response.finish_reason,
+        "tokens": tokens,
+        "text": text,
+        **own,
+        "bytes_per_token": own["bytes_read"] / max(1, response.generation_tokens),
     }
 
 
 def _line(stats: dict[str, Any]) -> str:
     asked = stats["expert_hits"] + stats["expert_misses"]
     return (
-        f"{stats['prompt_tokens']} prompt tokens at {stats['prompt_tps']:.1f}/s, {stats['generation_tokens']} tokens at "
+        f"{stats['prompt_tokens']} prompt tokens at {stats['prompt_tps']:.1f}/s, {stats['generation_tokens']} tokens "
+        f"at "
         f"{stats['generation_tps']:.1f}/s, first after {stats['ttft_s']:.2f} s; experts {stats['mode']}, "
         f"{100 * stats['expert_hits'] / max(1, asked):.1f} % hits, {stats['bytes_read'] / 1e6:.1f} MB read; "
         f"peak memory {stats['peak_memory_bytes'] / 1e6:.0f} MB of {stats['budget_bytes'] / 1e6:.0f} MB"

@@ -1,10 +1,11 @@
 """The layers that stand in a model for mlx-lm's own: experts computed from records, and dense layers fit for a CPU.
 
-`TrellisExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The router,
-its weights and the sum over experts stay with the model's own block.
+`TrellisExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The
+router, its weights and the sum over experts stay with the model's own block.
 """
 
 import threading
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,15 @@ from tiny_qmoe_mlx.codecs import rotation
 from tiny_qmoe_mlx.expert_cache import ExpertCache
 
 
+@dataclass
+class Memory:
+    """What all expert layers of a model compute from; the lock lets several threads use one model."""
+
+    cache: ExpertCache
+    dispatch: ops.Dispatch = field(default_factory=ops.Dispatch)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class TrellisExperts(nn.Module):
     """A layer of routed experts that lives in an ExpertCache; it has no parameters of its own."""
 
@@ -22,32 +32,29 @@ class TrellisExperts(nn.Module):
         super().__init__()
         self._index = index
         self._kind = kind
-        self._cache: ExpertCache | None = None
-        self._dispatch: ops.Dispatch | None = None
-        self._lock = threading.Lock()
 
-    def attach(self, cache: ExpertCache, dispatch: ops.Dispatch, lock: threading.Lock) -> None:
-        """Connect the layer with the memory it computes from; the lock is shared by all layers of a model."""
-        self._cache, self._dispatch, self._lock = cache, dispatch, lock
+    def attach(self, memory: Memory) -> None:
+        """Connect the layer with the memory it computes from."""
+        self._memory = memory
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x (..., d), indices int (..., k) -> (..., k, d) in x's dtype."""
         mx.eval(x, indices)  # the one host round trip of a layer: the CPU computes, and the disk needs the indices
         tokens = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         chosen = np.array(indices).astype(np.int64).reshape(len(tokens), -1)
-        with self._lock:
+        with self._memory.lock:
             y = self._few(tokens, chosen) if len(tokens) <= ops.DECODE_TOKENS else self._many(tokens, chosen)
         return mx.array(y).reshape(*indices.shape, -1).astype(x.dtype)
 
     def _groups(self, chosen: np.ndarray) -> list[np.ndarray]:
         """Distinct experts in file order, in groups that fit the pool at once."""
         distinct = np.unique(chosen)
-        slots = self._cache.pool_of_layer[self._index].slots
+        slots = self._memory.cache.pool_of_layer[self._index].slots
         return [distinct[i : i + slots] for i in range(0, len(distinct), slots)]
 
     def _few(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Decode: all picks of a group of experts in one product, straight from the records."""
-        cache, pool = self._cache, self._cache.pool_of_layer[self._index]
+        cache, pool = self._memory.cache, self._memory.cache.pool_of_layer[self._index]
         flat = chosen.reshape(-1)
         rows = np.repeat(np.arange(len(tokens), dtype=np.int32), chosen.shape[1])
         out = np.empty((len(flat), self._kind.matrices[-1][1]), np.float32)
@@ -56,13 +63,13 @@ class TrellisExperts(nn.Module):
             offsets = cache.acquire(self._index, experts)
             mine = np.flatnonzero(np.isin(flat, group))
             picks = ops.Picks(offsets[np.searchsorted(group, flat[mine])], rows[mine])
-            out[mine] = ops.decode_product(pool.data, picks, tokens, self._kind, pool.record_bytes, self._dispatch)
+            out[mine] = ops.decode_product(pool.data, picks, tokens, self._kind, pool.record_bytes, self._memory.dispatch)
             cache.release(self._index, experts)
         return out
 
     def _many(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Prefill: expert by expert in file order, each decoded once and multiplied with all its tokens."""
-        cache, pool = self._cache, self._cache.pool_of_layer[self._index]
+        cache, pool = self._memory.cache, self._memory.cache.pool_of_layer[self._index]
         z = rotation.rotate(tokens, self._kind.sign_in)
         out = np.empty((*chosen.shape, self._kind.matrices[-1][1]), np.float32)
         for group in self._groups(chosen):
@@ -71,13 +78,14 @@ class TrellisExperts(nn.Module):
             for expert, offset in zip(experts, offsets, strict=True):
                 token, place = np.nonzero(chosen == expert)
                 record = pool.data[offset : offset + pool.record_bytes]
-                out[token, place] = ops.expert_product(record, z[token], self._kind, self._dispatch)
+                out[token, place] = ops.expert_product(record, z[token], self._kind, self._memory.dispatch)
             cache.release(self._index, experts)
         return out
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):
-    """MLX's quantized layer on its CPU backend, where its own product runs at 3 GFLOP/s. A few tokens are multiplied by our C++
+    """MLX's quantized layer on its CPU backend, where its own product runs at 3 GFLOP/s. A few tokens are multiplied by
+    our C++
     kernel, now; for many the weight is dequantized and multiplied by BLAS, lazily. The values are the same."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -102,11 +110,16 @@ def _product(module: nn.Module, x: mx.array) -> mx.array | None:
     if x.size // x.shape[-1] > ops.DECODE_TOKENS:
         parts = (module["weight"], module["scales"], module["biases"], module.group_size, module.bits)
         return x @ mx.dequantize(*parts).T
-    if not native.available() or module.bits not in (4, 8) or module.group_size != 64 or module["scales"].dtype != mx.float32:
+    if (
+        not native.available()
+        or module.bits not in (4, 8)
+        or module.group_size != 64
+        or module["scales"].dtype != mx.float32
+    ):
         return None
     mx.eval(x)
-    arrays = (np.asarray(module[name]) for name in ("weight", "scales", "biases"))
-    y = native.affine_qmv(*arrays, module.bits, np.asarray(x).reshape(-1, x.shape[-1]))
+    weight, scales, biases = (np.asarray(module[name]) for name in ("weight", "scales", "biases"))
+    y = native.affine_qmv(weight, scales, biases, module.bits, np.asarray(x).reshape(-1, x.shape[-1]))
     return mx.array(y).reshape(*x.shape[:-1], -1)
 
 

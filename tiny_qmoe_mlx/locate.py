@@ -51,7 +51,9 @@ def build_demo(quiet: bool = False) -> None:
     with terminal.Bars(quiet) as bars:
         source = demo.source_directory(progress=lambda done, total: bars("building the demo model", done, total))
         try:
-            convert(source, demo_directory(), bits=DEMO_BITS, calibration=str(demo.calibration_text_path()), progress=bars)
+            convert(
+                source, demo_directory(), bits=DEMO_BITS, calibration=str(demo.calibration_text_path()), progress=bars
+            )
         except FileExistsError:
             if not (demo_directory() / MANIFEST).is_file():
                 raise
@@ -59,7 +61,10 @@ def build_demo(quiet: bool = False) -> None:
 
 def _build_in_child(quiet: bool) -> None:
     command = [sys.executable, "-m", "tiny_qmoe_mlx.locate", DEMO, *(["--quiet"] if quiet else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if p)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if p),
+    }
     child = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None, env=environment)
     if child.returncode < 0 or child.returncode == terminal.INTERRUPTED:
         raise KeyboardInterrupt

@@ -6,7 +6,6 @@
 import gc
 import resource
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tiny_qmoe_mlx.container import Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_store import ExpertStore
-from tiny_qmoe_mlx.layers import TrellisExperts, use_cpu_kernels
+from tiny_qmoe_mlx.layers import Memory, TrellisExperts, use_cpu_kernels
 from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -36,12 +35,12 @@ class Runtime:
         kinds = [layer._kind for layer in layers]
         self.container = container
         self.budget = budget
-        self.dispatch = ops.Dispatch()
         self.store = ExpertStore(container, kinds)
         self.cache = ExpertCache(self.store, budget.slots)
-        lock = threading.Lock()
+        memory = Memory(self.cache)
+        self.dispatch = memory.dispatch
         for layer in layers:
-            layer.attach(self.cache, self.dispatch, lock)
+            layer.attach(memory)
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading; sizes in bytes."""
@@ -67,6 +66,9 @@ class Runtime:
 
 def peak_memory() -> int:
     """The most memory that this process has held, in bytes."""
+    if sys.platform == "linux":  # the resource usage would count what the parent held when it started this process
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -77,7 +79,9 @@ def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ops
 
 
 def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
-    """mlx-lm's classes for a config, the model's own extended: experts swapped by class, record tensors left on disk."""
+    """mlx-lm's classes for a config, the model's own extended: experts swapped by class, record tensors left on
+    disk.
+    """
 
     def classes(config: dict) -> tuple[type, type]:
         base, args = _get_classes(config)
@@ -108,15 +112,19 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
     """
     own = {found.path: found for found in checkpoint.expert_layers(model)}
     if sorted(own) != sorted(layer.path for layer in spec.layers):
-        raise FormatError("[config.json] the expert layers named in tiny_qmoe should be those of the model and are not; "
-                          "convert the model again with this version.")
+        raise FormatError(
+            "[config.json] the expert layers named in tiny_qmoe should be those of the model and are not; "
+            "convert the model again with this version."
+        )
     swapped = []
     for index, layer in enumerate(spec.layers):
         found = own[layer.path]
         received = (checkpoint.expert_count(found), tuple(checkpoint.matrix_shapes(found)), checkpoint.has_bias(found))
         if received != (layer.experts, layer.matrices, layer.bias):
-            raise FormatError(f"[config.json] {layer.path} should have {received} (experts, matrices, bias) by the model's config, "
-                              f"tiny_qmoe says {(layer.experts, layer.matrices, layer.bias)}; convert the model again.")
+            raise FormatError(
+                f"[config.json] {layer.path} should have {received} (experts, matrices, bias) by the model's config, "
+                f"tiny_qmoe says {(layer.experts, layer.matrices, layer.bias)}; convert the model again."
+            )
         swapped.append((layer.path, TrellisExperts(index, expert_kind(layer, spec, found.module.activation))))
     model.update_modules(tree_unflatten(swapped))
 
@@ -166,7 +174,9 @@ def open_tokenizer(directory: Path) -> TokenizerWrapper:
     """The tokenizer of a converted model; the model's files are checked before one of them is read."""
     container = open_model(directory)
     for name, entry in container.files.items():
-        if not name.endswith((".safetensors", ".md")):  # those of weights are left to `load`; a model card may be edited
+        if not name.endswith(
+            (".safetensors", ".md")
+        ):  # those of weights are left to `load`; a model card may be edited
             check_hash(directory, name, entry)
     return checkpoint.open_tokenizer(directory, container.config)
 
@@ -178,7 +188,9 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
         if isinstance(error, FormatError):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise FormatError(f"[model] the weights of {directory} do not fit its config: {reason}; convert the model again.") from error
+        raise FormatError(
+            f"[model] the weights of {directory} do not fit its config: {reason}; convert the model again."
+        ) from error
     if cpu:
         model.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
     use_cpu_kernels(model)

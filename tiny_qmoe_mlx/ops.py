@@ -1,8 +1,8 @@
 """What a layer of experts computes, straight from compressed records: a fused product for a few tokens (decode), and a
 product of many tokens with one decoded expert (prefill).
 
-The rule of dispatch: the C++ library where it was built, numpy where it was not; each call is counted by the path it took.
-Inputs and outputs are float32 numpy arrays; records are bytes that `check_record` has passed.
+The rule of dispatch: the C++ library where it was built, numpy where it was not; each call is counted by the path it
+took. Inputs and outputs are float32 numpy arrays; records are bytes that `check_record` has passed.
 """
 
 from collections import Counter
@@ -49,7 +49,9 @@ class ExpertKind:
 
     @cached_property
     def fused(self) -> tuple[str, float, float] | None:
-        """The activation's name in the C++ library with its alpha and limit, or None: then the module's own is called."""
+        """The activation's name in the C++ library with its alpha and limit, or None: then the module's own is
+        called.
+        """
         return fused_activation(self.activation, len(self.matrices))
 
     def activate(self, parts: list[np.ndarray]) -> np.ndarray:
@@ -60,7 +62,9 @@ class ExpertKind:
 
 @dataclass
 class Picks:
-    """Which record serves which token: pick p multiplies token `rows[p]` with the record at byte `offsets[p]` of the pool."""
+    """Which record serves which token: pick p multiplies token `rows[p]` with the record at byte `offsets[p]` of the
+    pool.
+    """
 
     offsets: np.ndarray
     rows: np.ndarray
@@ -95,10 +99,14 @@ def check_record(data: np.ndarray, kind: ExpertKind, where: str) -> None:
         return
     trellis.parse(data, kind.shapes, kind.bias, where)
     if native.available():
-        raise FormatError(f"[{where}] the record is refused by the C++ library; run verify, then convert the model again.")
+        raise FormatError(
+            f"[{where}] the record is refused by the C++ library; run verify, then convert the model again."
+        )
 
 
-def decode_product(pool: np.ndarray, picks: Picks, x: np.ndarray, kind: ExpertKind, record_bytes: int, dispatch: Dispatch) -> np.ndarray:
+def decode_product(
+    pool: np.ndarray, picks: Picks, x: np.ndarray, kind: ExpertKind, record_bytes: int, dispatch: Dispatch
+) -> np.ndarray:
     """Whole experts for up to DECODE_TOKENS tokens.
 
     Args:
@@ -115,7 +123,9 @@ def decode_product(pool: np.ndarray, picks: Picks, x: np.ndarray, kind: ExpertKi
     if kind.fused:
         dispatch.counts["decode native fused"] += 1
         name, alpha, limit = kind.fused
-        return native.gather_moe(pool, picks.offsets, x, picks.rows, kind.sign_in, kind.sign_mid, name, alpha=alpha, limit=limit)
+        return native.gather_moe(
+            pool, picks.offsets, x, picks.rows, kind.sign_in, kind.sign_mid, name, alpha=alpha, limit=limit
+        )
     dispatch.counts["decode native"] += 1
     last = len(kind.matrices) - 1
     parts = [native.gather_qmv(pool, picks.offsets, m, x, picks.rows, kind.sign_in) for m in range(last)]

@@ -41,8 +41,8 @@ def plan(directory: str | Path, memory: str | int = "auto", context: int | None 
         context: tokens of KV cache; 2048 or the model's limit if that is less.
 
     Returns:
-        What `sizes` gives, and in bytes: the smallest budget that works, the one that keeps every expert in memory, the budget
-        asked about and its split; fits, and mode ("resident", "streamed", or None where it does not fit).
+        What `sizes` gives, and in bytes: the smallest budget that works, the one that keeps every expert in memory, the
+        budget asked about and its split; fits, and mode ("resident", "streamed", or None where it does not fit).
 
     Raises:
         FormatError: it is not a converted model.
@@ -83,7 +83,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = terminal.parser("plan", __doc__.split(": ", 1)[1], EXAMPLES)
     terminal.add_model(p)
-    p.add_argument("--memory", default="auto", metavar="6GB|60%|auto", help="the budget to plan for (default auto: at most 65%% of the machine)")
+    p.add_argument(
+        "--memory",
+        default="auto",
+        metavar="6GB|60%|auto",
+        help="the budget to plan for (default auto: at most 65%% of the machine)",
+    )
     p.add_argument("--context", type=int, help="tokens of KV cache to provide for (default 2048)")
     terminal.add_quiet(p)
     terminal.add_json(p)
@@ -107,11 +112,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
     verdict = f"runs {found['mode']}, with {show(found['pool_bytes'])} for experts" if found["fits"] else "does not fit"
     return [
         f"{found['path']}",
-        f"  on disk     {show(found['file_bytes'])}: {found['experts']} experts in {found['expert_layers']} layers take "
+        f"  on disk     {show(found['file_bytes'])}: {found['experts']} experts in {found['expert_layers']} layers "
+        f"take "
         f"{show(found['expert_file_bytes'])} at {found['bits']:.3f} bits per weight",
-        f"  in memory   {show(found['weight_bytes'])} other weights, {show(found['kv_bytes'])} KV cache at {found['context']} tokens, "
+        f"  in memory   {show(found['weight_bytes'])} other weights, {show(found['kv_bytes'])} KV cache at "
+        f"{found['context']} tokens, "
         f"{show(found['scratch_bytes'])} scratch, {show(found['runtime_bytes'])} program",
-        f"  budgets     {show(found['min_budget_bytes'])} is the smallest that works, {show(found['resident_budget_bytes'])} keeps every expert in memory",
+        f"  budgets     {show(found['min_budget_bytes'])} is the smallest that works, "
+        f"{show(found['resident_budget_bytes'])} keeps every expert in memory",
         f"  {show(found['budget_bytes']):<10}  {verdict}",
     ]
 

@@ -14,7 +14,7 @@ from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns, rotate
 from tiny_qmoe_mlx.codecs.trellis import ROW_TILE, TILE_COLUMNS, Matrix, Record, padded_rows
 from tiny_qmoe_mlx.errors import BudgetError
-from tiny_qmoe_mlx.feedback import block_order, clipped_mean, columns_of, encode_stack, factor, rotated_hessian
+from tiny_qmoe_mlx.feedback import block_order, clipped, columns_of, encode_stack, factor, rotated_hessian
 from tiny_qmoe_mlx.rates import fixed_bytes, keeps_row_gains, record_bytes_for, water_fill
 
 __all__ = ["ExpertInputs", "blend", "quantize_layer", "record_bytes_for"]
@@ -58,7 +58,7 @@ def blend(
     columns = len(own)
     strength = columns * PRIOR_STRENGTH if strength is None else strength
     if prior is None or prior_tokens <= 0:
-        mean = clipped_mean(np.diag(own)) / max(tokens, 1) * np.eye(columns, dtype=np.float32)
+        mean = clipped(np.diag(own)).mean() / max(tokens, 1) * np.eye(columns, dtype=np.float32)
         strength = min(strength, 0.02 * max(tokens, 1))
     else:
         mean = prior / np.float32(prior_tokens)
@@ -202,7 +202,7 @@ def _reach(expert: ExpertInputs, planes: list[_Plane]) -> list[np.ndarray]:
     column: reach_i = |down[:, i]|^2 E[h_i^2] / E[row_i^2].
     """
     down = expert.weights[-1].astype(np.float64)
-    hidden = np.maximum(np.diag(expert.h_mid).astype(np.float64), 0) * (down**2).sum(0)
+    hidden = clipped(np.diag(expert.h_mid).astype(np.float64) * (down**2).sum(0))
     out = []
     for p in planes[:-1]:
         power = np.einsum("ij,ij->i", p.w.astype(np.float64) @ p.h, p.w)

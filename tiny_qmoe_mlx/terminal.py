@@ -115,7 +115,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where the caller closed it
+            sys.stdout.flush()
         return status or 0
     except BrokenPipeError:
         # The reader (head, say) has enough. Python would flush stdout again at exit and complain.

@@ -15,14 +15,21 @@ typedef float F __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kVectorsOfRows = kRowTile / kLanes;
 
+// Lanes of a and b (which follow a's) by index.
+template <int... Lane, class V>
+TQMOE_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  typedef int32_t Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Indices{Lane...});
+#endif
+}
+
 // Lane i is lane i + Rows of the 2 * kLanes lanes `own`, `beyond`.
 template <int Rows, int... Lane>
-inline U shift_lanes(U own, U beyond, std::integer_sequence<int, Lane...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(own, beyond, (Lane + Rows)...);
-#else
-  return __builtin_shuffle(own, beyond, U{(Lane + Rows)...});
-#endif
+TQMOE_INLINE U shift_lanes(U own, U beyond, std::integer_sequence<int, Lane...>) {
+  return shuffle<(Lane + Rows)...>(own, beyond);
 }
 template <int Rows>
 inline U next_row(U own, U beyond) {
@@ -161,22 +168,19 @@ TQMOE_INLINE void visit_rows(const uint8_t* block, int h, U mask, Visit&& visit)
 template <int Rate, int Width>
 void multiply_block(const uint8_t* block, uint32_t mask_bits, const float* x, float* sums) {
   const U mask = U{} + mask_bits;
+  constexpr int chains = Width < 4 ? 2 : 1;  // few tokens alone would wait for each multiply-add
   for (int h = 0; h < kVectorsOfRows; ++h) {
-    F even[Width], odd[Width];  // two chains hide the latency of the multiply-add
+    F sum[chains][Width];
     for (int t = 0; t < Width; ++t) {
-      even[t] = load_floats(sums + 32 * t + kLanes * h);
-      odd[t] = F{};
+      sum[chains - 1][t] = F{};
+      sum[0][t] = load_floats(sums + 32 * t + kLanes * h);
     }
     visit_rows<Rate>(block, h, mask, [&](auto column, F weight) TQMOE_INLINE_LAMBDA {
-      for (int t = 0; t < Width; ++t) {
-        if constexpr (column % 2) {
-          odd[t] += weight * x[column * Width + t];
-        } else {
-          even[t] += weight * x[column * Width + t];
-        }
-      }
+      for (int t = 0; t < Width; ++t) sum[column % chains][t] += weight * x[column * Width + t];
     });
-    for (int t = 0; t < Width; ++t) store_floats(sums + 32 * t + kLanes * h, even[t] + odd[t]);
+    for (int t = 0; t < Width; ++t) {
+      store_floats(sums + 32 * t + kLanes * h, chains == 2 ? sum[0][t] + sum[1][t] : sum[0][t]);
+    }
   }
 }
 
@@ -237,22 +241,46 @@ void decode_block_at(int rate, const uint8_t* block, uint32_t mask, float* value
   }
 }
 
-// The order of the two products is the specification's, so results are equal to the bit: (value * block gain) * row gain.
+typedef float F4 __attribute__((vector_size(16)));
+
+// 4 rows from 4 columns of a decoded superblock, gains applied. The order of the two products is the specification's, so
+// results are equal to the bit: (value * block gain) * row gain.
+TQMOE_INLINE void transpose(const float* values, float block_gain, const float* row_gain, F4* rows) {
+  F4 c[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&c[i], values + kRowTile * i, sizeof c[i]);
+  F4 low01 = shuffle<0, 4, 1, 5>(c[0], c[1]), low23 = shuffle<0, 4, 1, 5>(c[2], c[3]);
+  F4 high01 = shuffle<2, 6, 3, 7>(c[0], c[1]), high23 = shuffle<2, 6, 3, 7>(c[2], c[3]);
+  rows[0] = shuffle<0, 1, 4, 5>(low01, low23) * block_gain * row_gain[0];
+  rows[1] = shuffle<2, 3, 6, 7>(low01, low23) * block_gain * row_gain[1];
+  rows[2] = shuffle<0, 1, 4, 5>(high01, high23) * block_gain * row_gain[2];
+  rows[3] = shuffle<2, 3, 6, 7>(high01, high23) * block_gain * row_gain[3];
+}
+
+// Rows first to last - 1 of one superblock.
+void write_block(const float* values, const uint8_t* block_gain, const float* row_gain, int first, int last, int64_t stride,
+                 float* out) {
+  for (int l = first & ~3; l < last; l += 4) {
+    for (int c = 0; c < kBlockColumns; c += 4) {
+      F4 rows[4];
+      transpose(values + kRowTile * c + l, load_half(block_gain + 2 * (c / kTileColumns)), row_gain + l, rows);
+      for (int i = 0; i < 4; ++i) {
+        if (l + i >= first && l + i < last) std::memcpy(out + (l + i - first) * stride + c, &rows[i], sizeof rows[i]);
+      }
+    }
+  }
+}
+
 void decode_tile(const MatrixView& m, int64_t tile, int first, int last, float* out) {
   const uint8_t* block = m.payload + tile * m.tile_bytes;
   const uint32_t mask = (1u << m.length) - 1;
   alignas(64) float values[kBlockColumns * kRowTile];
+  float row_gain[kRowTile];
+  for (int l = 0; l < kRowTile; ++l) row_gain[l] = m.row_gain ? load_half(m.row_gain + 2 * (tile * kRowTile + l)) : 1.0f;
   for (int64_t b = 0; b < m.blocks; ++b) {
     int rate = block_rate(m, b);
     decode_block_at(rate, block, mask, values);
     block += 128 * kPlanes[rate];
-    float gain[kBlockColumns / kTileColumns];
-    for (int i = 0; i < 4; ++i) gain[i] = load_half(m.block_gain + 2 * (4 * b + i));
-    float* to = out + kBlockColumns * block_place(m, b);
-    for (int l = first; l < last; ++l, to += m.padded_columns) {
-      float row = m.row_gain ? load_half(m.row_gain + 2 * (tile * kRowTile + l)) : 1.0f;
-      for (int c = 0; c < kBlockColumns; ++c) to[c] = values[kRowTile * c + l] * gain[c / kTileColumns] * row;
-    }
+    write_block(values, m.block_gain + 8 * b, row_gain, first, last, m.padded_columns, out + kBlockColumns * block_place(m, b));
   }
 }
 

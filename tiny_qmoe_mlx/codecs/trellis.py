@@ -1,4 +1,5 @@
-"""The trellis codec: layout of a record and the plain numpy decoder that is its specification (docs/FORMAT.md, section 4).
+"""The trellis codec: layout of a record and the plain numpy decoder that is its specification (docs/FORMAT.md, section
+4).
 
 A trellis code slides a window of L bits over a bitstring; each window is a state that a hash turns into weights
 (QTIP, arXiv 2406.11235; constants of 3INST as published with EXL3). Nothing here is fast: the C++ library and the Metal
@@ -193,7 +194,9 @@ def parse(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: st
     for i, shape in enumerate(shapes):
         rows, columns, unit = (int(v) for v in words[4 + 3 * i : 7 + 3 * i])
         if (rows, columns) != tuple(shape):
-            raise FormatError(f"[{where}] matrix {i} should be {shape[0]} x {shape[1]}, the record says {rows} x {columns}.")
+            raise FormatError(
+                f"[{where}] matrix {i} should be {shape[0]} x {shape[1]}, the record says {rows} x {columns}."
+            )
         has_gain = bool(flags & FLAG_ROW_GAIN << i)
         record.matrices.append(_parse_section(data[: int(words[2])], rows, columns, unit * UNIT, has_gain, bias, where))
     return record
@@ -219,7 +222,9 @@ def _parse_section(
     data: np.ndarray, rows: int, columns: int, offset: int, has_gain: bool, has_bias: bool, where: str
 ) -> Matrix:
     if not (0 < rows <= MAX_DIMENSION and 0 < columns <= MAX_DIMENSION):
-        raise FormatError(f"[{where}] rows and columns should lie in 1 to {MAX_DIMENSION}, received {rows} x {columns}.")
+        raise FormatError(
+            f"[{where}] rows and columns should lie in 1 to {MAX_DIMENSION}, received {rows} x {columns}."
+        )
     side = side_bytes(rows, columns, has_gain, has_bias)
     if offset < UNIT or offset + side > len(data):
         raise FormatError(f"[{where}] a section needs {side} bytes at {offset}, the record uses {len(data)}.")
@@ -248,7 +253,14 @@ def _parse_section(
     return Matrix(rows, columns, rates, order, block_gain, row_gain, bias, payload)
 
 
-def _check_side(row_gain, bias, block_gain, order, rates, where: str) -> None:
+def _check_side(
+    row_gain: np.ndarray | None,
+    bias: np.ndarray | None,
+    block_gain: np.ndarray,
+    order: np.ndarray,
+    rates: np.ndarray,
+    where: str,
+) -> None:
     for name, values in (("row gains", row_gain), ("biases", bias), ("block gains", block_gain)):
         if values is not None and not np.isfinite(values).all():
             raise FormatError(f"[{where}] {name} should be finite, received Inf or NaN.")
