@@ -34,14 +34,13 @@ METAL_FUNC Members members_of(Ids ids, uint pick, uint picks, ushort lane) {
   m.pick = pick;
   if (W == 1) return m;
   const uint expert = uint(ids[pick]);
-  uint rank = 0, before = 0;  // among the picks of this expert
+  uint before = 0;  // earlier picks of this expert
   m.count = 0;
   for (uint first = 0; first < picks; first += 32) {
     const uint other = first + lane;
     uint same = uint(ulong(simd_ballot(other < picks && uint(ids[min(other, picks - 1)]) == expert)));
     if (pick >= first + 32) {
       before += popcount(same);
-      rank = before;
       continue;
     }
     if (pick >= first) {

@@ -5,6 +5,7 @@ A test module takes these in with `pytest_plugins = ["command_fixtures"]`.
 
 import importlib
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import tiny_models
 from commands import FILES, SMALL, Result, names, process
 
-from tiny_qmoe_mlx import native, terminal
+from tiny_qmoe_mlx import terminal
 
 WORDS = "the river stone light walks under old quick bright over slow small green house tree wind rain of and".split()
 
@@ -26,13 +27,14 @@ class Here:
     def __call__(self, *argv: object) -> Result:
         module = importlib.import_module(f"tiny_qmoe_mlx.{argv[0]}")
         self._capfd.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
         try:
             status = terminal.run(module.main, [str(a) for a in argv[1:]])
         except SystemExit as end:  # argparse
             status = end.code
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers:
+                signal.signal(number, handler)
         return Result(status, *self._capfd.readouterr())
 
 
@@ -58,10 +60,14 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory, checkpoint, text) -> Path:
     """The same, converted by the command."""
-    if not native.available():
-        pytest.skip("conversion needs the C++ library")
     out = tmp_path_factory.mktemp("converted") / "model"
     done = process("convert", "--hf-path", checkpoint, "--mlx-path", out, "--calibration", text, *SMALL)
     assert done.status == 0 and done.err == "", done
     assert tuple(names(out)) == FILES
     return out
+
+
+@pytest.fixture
+def model(converted, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(converted, tmp_path / "model"))

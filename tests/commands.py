@@ -12,8 +12,14 @@ from tiny_qmoe_mlx import terminal
 
 ROOT = Path(__file__).parents[1]
 FILES = (
-    "config.json", "model-experts-00001.safetensors", "model-experts-00002.safetensors", "model.safetensors",
-    "model.safetensors.index.json", "tiny_qmoe_manifest.json", "tokenizer.json", "tokenizer_config.json",
+    "config.json",
+    "model-experts-00001.safetensors",
+    "model-experts-00002.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tiny_qmoe_manifest.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
 )
 SMALL = ("--bits", "3", "--calibration-sequences", "8", "--calibration-tokens", "64")
 INTERRUPTED = (terminal.INTERRUPTED, -signal.SIGINT)  # the shell's word for both is 130

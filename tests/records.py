@@ -88,6 +88,7 @@ def write_model(
             codec="trellis",
             bits=round(container.bits_per_weight(specs, alignment), 6),
             alignment=alignment,
+            length=options.get("length", 12),
             seed=seed,
             layers=tuple(specs),
             source={"model": "noise", "revision": None},

@@ -21,7 +21,7 @@ def model(tmp_path):
 
 
 def open_store(model):
-    kinds = [ops.ExpertKind(layer.matrices, layer.bias, 0, layer.layer, Module()) for layer in model.spec.layers]
+    kinds = [ops.expert_kind(layer, model.spec, Module()) for layer in model.spec.layers]
     return ExpertStore(model, kinds)
 
 
@@ -105,7 +105,7 @@ def test_damaged_record_is_refused_at_first_touch_and_leaves_no_pin(model, cache
 
 def test_record_that_fits_its_checksum_but_not_the_config_is_refused(model):
     kinds = [
-        ops.ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 0, 0, Module())
+        ops.ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 12, 0, 0, Module())
         for layer in model.spec.layers
     ]
     store = ExpertStore(model, kinds)

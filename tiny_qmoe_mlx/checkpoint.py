@@ -7,6 +7,7 @@ weights are read from disk when they are first evaluated, and freed with the las
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ class ExpertLayer:
         return next(names for kind, names in MATRIX_NAMES.items() if isinstance(self.module, kind))
 
 
-def find_directory(model: str, revision: str | None = None) -> Path:
+def find_directory(model: str, revision: str | None = None, quiet: bool = False) -> Path:
     """The directory of a model: itself, or the hub's snapshot of a repository id (only the files that are used).
+
+    The hub's progress bars show on a terminal only, and not with `quiet`.
 
     Raises:
         FormatError: neither a directory nor a repository that can be had.
@@ -58,13 +61,17 @@ def find_directory(model: str, revision: str | None = None) -> Path:
         raise FormatError(
             f"[model] {model} should be a directory with config.json, or a hub id such as org/name; no such directory."
         )
-    return _download(model, revision)
+    return _download(model, revision, quiet or not sys.stderr or not sys.stderr.isatty())
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, quiet: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    silenced = quiet and not are_progress_bars_disabled()
     try:
+        if silenced:
+            disable_progress_bars()
         return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
     except errors.GatedRepoError as error:
         raise FormatError(
@@ -74,9 +81,12 @@ def _download(model: str, revision: str | None) -> Path:
         raise FormatError(
             f"[model] {model} (revision {revision or 'main'}) is no directory here and not on the hub."
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the hub's own, the disk's, and those of the HTTP library, of which it has had several
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(f"[model] {model} is no directory here, and the hub could not be asked: {reason}") from error
+    finally:
+        if silenced:
+            enable_progress_bars()
 
 
 def read_config(directory: Path) -> dict:

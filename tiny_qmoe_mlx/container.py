@@ -261,7 +261,9 @@ def _not_converted(directory: Path) -> FormatError:
         return FormatError(f"[{directory}] is no model: it has no {CONFIG}; give the directory of a converted model.")
     if "tiny_qmoe" in _read_json(directory, CONFIG)[1]:
         return FormatError(f"[{directory}] has no {MANIFEST}, so it was not finished or not copied whole; {_AGAIN}")
-    source, out = shlex.quote(str(directory)), shlex.quote(f"{directory.resolve().name or 'model'}-tiny-qmoe")
+    hub = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", str(directory))  # the hub's cache of org/name
+    name = f"{hub[1]}/{hub[2]}" if hub else str(directory)
+    source, out = shlex.quote(name), shlex.quote(f"{Path(name).resolve().name or 'model'}-tiny-qmoe")
     command = f"python -m tiny_qmoe_mlx.convert --hf-path {source} --mlx-path {out} --bits 2.0"
     return FormatError(f"[{directory}] is an unconverted checkpoint; convert it first: {command}")
 

@@ -24,7 +24,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.quantize import quantize_layer, record_bytes_for
 from tiny_qmoe_mlx.spec import CODEC, FORMAT_VERSION, LayerSpec, ModelSpec, expert_file_name
-from tiny_qmoe_mlx.staging import check_space, check_target, staged_directory, write_json
+from tiny_qmoe_mlx.staging import check_space, check_target, disk_full, staged_directory, write_json
 
 MIN_BITS, MAX_BITS = 0.5, 4.0
 REST_GROUP = 64
@@ -118,9 +118,12 @@ def convert(
     spec.calibration["tokens"] = 0 if batch is None else int(batch.size)
     check_space(mlx_path, sum(layer.data_bytes for layer in spec.layers))
     with staged_directory(mlx_path, overwrite) as directory:
-        _write_rest(model, config, layers, spec, settings, source, directory)
-        _write_experts(model, layers, spec, settings, batch, directory, progress)
-        write_manifest(directory)
+        try:
+            _write_rest(model, config, layers, spec, settings, source, directory)
+            _write_experts(model, layers, spec, settings, batch, directory, progress)
+            write_manifest(directory)
+        except OSError as error:
+            raise disk_full(error, Path(mlx_path)) from error
     return Path(mlx_path)
 
 
@@ -172,6 +175,7 @@ def _plan_layers(layers: list[checkpoint.ExpertLayer], settings: Settings, name:
         codec=CODEC,
         bits=round(bits_per_weight(specs, alignment), 4),
         alignment=alignment,
+        length=settings.length,
         seed=settings.seed,
         layers=tuple(specs),
         source={"model": name, "revision": None},
@@ -268,7 +272,7 @@ def _write_experts(
     def finish(
         found: checkpoint.ExpertLayer, layer: LayerSpec, tokens: calibrate.LayerTokens | None
     ) -> list[np.ndarray]:
-        kind = ops.ExpertKind(layer.matrices, layer.bias, spec.seed, layer.layer, found.module.activation)
+        kind = ops.expert_kind(layer, spec, found.module.activation)
         records: list[np.ndarray] = []
         made = quantize_records(found, layer, kind, tokens, settings)
         write_experts_file(directory, layer, spec.alignment, counted(made, records))
@@ -291,7 +295,7 @@ def _run_tokens(
     def reached(module: QuantizingExperts, tokens: calibrate.LayerTokens) -> np.ndarray:
         found, layer = module.take_source(), module._spec
         passed.append(found.path)
-        kind = ops.ExpertKind(layer.matrices, layer.bias, spec.seed, layer.layer, found.module.activation)
+        kind = ops.expert_kind(layer, spec, found.module.activation)
         return layer_output(finish(found, layer, tokens), tokens, kind)
 
     stand_ins = [(f.path, QuantizingExperts(f, s, reached)) for f, s in zip(layers, spec.layers, strict=True)]

@@ -28,7 +28,7 @@ def model_directory(name: str, quiet: bool = False) -> Path:
     if name != DEMO:
         from tiny_qmoe_mlx import checkpoint
 
-        return checkpoint.find_directory(name)
+        return checkpoint.find_directory(name, quiet=quiet)
     target = demo_directory()
     if not (target / MANIFEST).is_file():
         _build_in_child(quiet)

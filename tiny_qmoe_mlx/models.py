@@ -73,11 +73,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ops.ExpertKind:
-    """What a layer's experts have in common, from the container's words and the module's activation."""
-    return ops.ExpertKind(layer.matrices, layer.bias, spec.seed, layer.layer, activation)
-
-
 def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
     """mlx-lm's classes for a config, the model's own extended: experts swapped by class, record tensors left on
     disk.
@@ -125,7 +120,7 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
                 f"[config.json] {layer.path} should have {received} (experts, matrices, bias) by the model's config, "
                 f"tiny_qmoe says {(layer.experts, layer.matrices, layer.bias)}; convert the model again."
             )
-        swapped.append((layer.path, TrellisExperts(index, expert_kind(layer, spec, found.module.activation))))
+        swapped.append((layer.path, TrellisExperts(index, ops.expert_kind(layer, spec, found.module.activation))))
     model.update_modules(tree_unflatten(swapped))
 
 

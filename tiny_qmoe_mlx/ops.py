@@ -16,6 +16,7 @@ import numpy as np
 from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
 
 DECODE_TOKENS = 8  # up to so many tokens are multiplied straight from the records
 DENSE_BYTES = 16 << 20  # of decoded weights held at once in prefill
@@ -25,12 +26,13 @@ DENSE_BYTES = 16 << 20  # of decoded weights held at once in prefill
 class ExpertKind:
     """What all experts of a layer have in common.
 
-    matrices: (name, rows, columns) of gate, up, down, or fc1, fc2; seed and layer: of the rotation's signs;
+    matrices: (name, rows, columns) of gate, up, down, or fc1, fc2; length: L of the trellis; seed and layer: of the rotation's signs;
     activation: the module's own; called (up, gate), or (hidden) where there are two matrices.
     """
 
     matrices: tuple[tuple[str, int, int], ...]
     bias: bool
+    length: int
     seed: int
     layer: int
     activation: nn.Module
@@ -60,6 +62,11 @@ class ExpertKind:
         return np.array(self.activation(*arrays))
 
 
+def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ExpertKind:
+    """What a layer's experts have in common, from the container's words and the module's activation."""
+    return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation)
+
+
 @dataclass
 class Picks:
     """Which record serves which token: pick p multiplies token `rows[p]` with the record at byte `offsets[p]` of the
@@ -79,13 +86,17 @@ class Dispatch:
 
 def fused_activation(activation: nn.Module, matrices: int) -> tuple[str, float, float] | None:
     """(name, alpha, limit) of an activation that the C++ library fuses; matched by mlx-lm's classes, not by name."""
-    from mlx_lm.models.activations import SwigluOAI
     from mlx_lm.models.switch_layers import SwiGLU
+
+    try:
+        from mlx_lm.models.activations import SwigluOAI
+    except ImportError:  # before mlx-lm 0.32
+        from mlx_lm.models.gpt_oss import SwiGLU as SwigluOAI
 
     if matrices == 3 and type(activation) is SwiGLU:
         return native.SILU, 0.0, 0.0
     if matrices == 3 and type(activation) is SwigluOAI:
-        return native.SWIGLU_OAI, activation._alpha, activation._limit
+        return native.SWIGLU_OAI, getattr(activation, "_alpha", 1.702), getattr(activation, "_limit", 7.0)
     return None
 
 
@@ -95,9 +106,9 @@ def check_record(data: np.ndarray, kind: ExpertKind, where: str) -> None:
     Raises:
         FormatError: naming `where` and what is wrong.
     """
-    if native.available() and native.check_record(data, kind.shapes, kind.bias):
+    if native.available() and native.check_record(data, kind.shapes, kind.bias) and data[6] == kind.length:
         return
-    trellis.parse(data, kind.shapes, kind.bias, where)
+    trellis.parse(data, kind.shapes, kind.bias, where, kind.length)
     if native.available():
         raise FormatError(
             f"[{where}] the record is refused by the C++ library; run verify, then convert the model again."

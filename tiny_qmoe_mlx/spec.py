@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tiny_qmoe_mlx.codecs.trellis import MAX_DIMENSION, UNIT, side_bytes
+from tiny_qmoe_mlx.codecs.trellis import LENGTHS, MAX_DIMENSION, UNIT, side_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
 FORMAT_VERSION, CODEC = 1, "trellis"
@@ -97,6 +97,7 @@ class ModelSpec:
     codec: str
     bits: float
     alignment: int
+    length: int
     seed: int
     layers: tuple[LayerSpec, ...]
     source: dict[str, Any]
@@ -107,6 +108,7 @@ class ModelSpec:
         _check(self.codec == CODEC, f'codec should be "{CODEC}"', self.codec)
         _check(type(self.bits) in (int, float) and 0 < self.bits <= 64, "bits should lie in 0 to 64", self.bits)
         _check(self.alignment in ALIGNMENTS, f"alignment should be one of {ALIGNMENTS}", self.alignment)
+        _check(self.length in LENGTHS, f"length (of the trellis) should be one of {LENGTHS}", self.length)
         _check_int(self.seed, 0, 2**32 - 1, "seed")
         _check(0 < len(self.layers) <= MAX_LAYERS, f"layers should be 1 to {MAX_LAYERS}", len(self.layers))
         for layer in self.layers:

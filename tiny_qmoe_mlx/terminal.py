@@ -111,8 +111,11 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     Returns:
         The exit status: 1 for errors, 130 after Ctrl-C. With `--debug` the error is raised instead.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, _terminate)
+    global _stopped
+    argv, _stopped = sys.argv[1:] if argv is None else argv, 0
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell runs this in the background
+        signal.signal(signal.SIGINT, _stop)
     try:
         status = main(argv)
         if sys.stdout is not None:  # it is where the caller closed it
@@ -125,13 +128,24 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     except (ValueError, OSError, ImportError, MemoryError, KeyboardInterrupt) as error:
         if "--debug" in argv:
             raise
+        if _stopped == TERMINATED:
+            return TERMINATED
+        error = KeyboardInterrupt() if _stopped else error
         print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
-def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """Let a polite kill unwind, so that nothing half-written stays."""
-    raise SystemExit(TERMINATED)
+_stopped = 0  # the exit status that a signal asked for
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """Let Ctrl-C or a polite kill unwind, so that nothing half-written stays.
+
+    Which it was is kept: a library that loads just then may make an ImportError of it.
+    """
+    global _stopped
+    _stopped = INTERRUPTED if signal_number == signal.SIGINT else TERMINATED
+    raise KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit(TERMINATED)
 
 
 class Bars:

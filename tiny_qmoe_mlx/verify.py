@@ -65,7 +65,7 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
         yield Problem(CONFIG, str(error))
     for name, entry in files.items():
         if name in layers and spec is not None:
-            yield from _check_experts(directory, layers[name], spec.alignment, entry, advance)
+            yield from _check_experts(directory, layers[name], spec, entry, advance)
         elif "header_bytes" not in entry:  # an experts file that no readable config describes cannot be checked
             yield from _caught(name, check_size, check_hash, args=(directory, name, entry))
             advance(entry["bytes"])
@@ -87,11 +87,11 @@ def _check_bits(spec: ModelSpec) -> Iterator[Problem]:
 
 
 def _check_experts(
-    directory: Path, layer: LayerSpec, alignment: int, entry: dict[str, Any], advance: Callable[[int], object]
+    directory: Path, layer: LayerSpec, spec: ModelSpec, entry: dict[str, Any], advance: Callable[[int], object]
 ) -> Iterator[Problem]:
     """Size, header, hash and checksums of an experts file, then its records one by one."""
     found = list(_caught(layer.file, check_size, args=(directory, layer.file, entry)))
-    found = found or list(_caught(layer.file, check_experts_header, args=(directory, layer, alignment, entry)))
+    found = found or list(_caught(layer.file, check_experts_header, args=(directory, layer, spec.alignment, entry)))
     if found:
         yield from found
         advance(entry["bytes"])
@@ -106,13 +106,15 @@ def _check_experts(
         file.seek(start)
         for expert in range(layer.experts):
             complete = file.readinto(record.data) == len(record)
-            problem = _record_problem(record, layer, expert, sums[expert]) if complete else "could not be read whole"
+            problem = "could not be read whole"
+            if complete:
+                problem = _record_problem(record, layer, expert, sums[expert], spec.length)
             if problem:
                 yield Problem(layer.file, problem, layer.layer, expert)
             advance(len(record))
 
 
-def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.ndarray) -> str:
+def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.ndarray, length: int) -> str:
     """What is wrong with one record, or nothing."""
     where = f"{layer.file}, layer {layer.layer}, expert {expert}"
     wrong = np.flatnonzero(record_checksums(record) != sums)
@@ -124,7 +126,7 @@ def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.
             f"({len(wrong)} of {len(sums)} checksums differ); copy or convert the file again."
         )
     try:
-        trellis.parse(record, layer.shapes, layer.bias, where)
+        trellis.parse(record, layer.shapes, layer.bias, where, length)
     except FormatError as error:
         return str(error)
     used = int(record[8:12].view("<u4")[0])

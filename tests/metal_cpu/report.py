@@ -22,6 +22,11 @@ class BufferTraffic:
     lines: int = 0
     written: int = 0
 
+    def add(self, other: BufferTraffic) -> None:
+        """Add another launch's traffic of a buffer with this name."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass
 class Profile:
@@ -34,6 +39,16 @@ class Profile:
     buffers: dict[str, BufferTraffic] = field(default_factory=dict)
     slots: Counter[str] = field(default_factory=Counter)
     useful_lane_slots: float = 0.0
+
+    def add(self, other: Profile) -> None:
+        """Add the profile of another launch; buffers of one name are added up."""
+        self.slots.update(other.slots)
+        self.useful_lane_slots += other.useful_lane_slots
+        for name, traffic in other.buffers.items():
+            if name in self.buffers:
+                self.buffers[name].add(traffic)
+            else:
+                self.buffers[name] = traffic
 
     @property
     def issue_slots(self) -> float:
@@ -64,6 +79,17 @@ class Report:
     kinds: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     profile: Profile | None = None
+
+    def add(self, other: Report) -> None:
+        """Add the report of another launch."""
+        largest = max(self.counts["threadgroup_bytes"], other.counts["threadgroup_bytes"])
+        self.problems += [line for line in other.problems if line not in self.problems]
+        self.kinds.update(other.kinds)
+        self.counts.update(other.counts)
+        self.counts["threadgroup_bytes"] = largest
+        if other.profile:
+            self.profile = self.profile or Profile()
+            self.profile.add(other.profile)
 
     def __str__(self) -> str:
         return "\n".join(self.problems) or f"no problems ({self.mode}: {dict(self.counts)})"

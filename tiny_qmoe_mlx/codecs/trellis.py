@@ -168,7 +168,9 @@ def pack(record: Record, record_bytes: int) -> np.ndarray:
     return out
 
 
-def parse(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: str) -> Record:
+def parse(
+    data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: str, length: int | None = None
+) -> Record:
     """A record's parts as views of its bytes, every size and offset checked before use.
 
     Args:
@@ -176,6 +178,7 @@ def parse(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: st
         shapes: the (rows, columns) that the model's config asks for.
         bias: whether the expert layer has biases.
         where: file and expert, for the error's text.
+        length: L that the config asks for; None accepts any that the format has.
 
     Raises:
         FormatError: what is wrong, with both numbers.
@@ -190,6 +193,8 @@ def parse(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: st
             f"[{where}] the config asks for {len(shapes)} matrices and bias {bias}, the record has {data[7]} and "
             f"{bool(flags & FLAG_BIAS)}; the files do not belong together, convert the model again."
         )
+    if length not in (None, int(data[6])):
+        raise FormatError(f"[{where}] the config asks for L {length}, the record has {data[6]}; convert the model again.")
     record = Record(int(data[6]))
     for i, shape in enumerate(shapes):
         rows, columns, unit = (int(v) for v in words[4 + 3 * i : 7 + 3 * i])

@@ -25,14 +25,17 @@ enum MtlOp : uint32_t {
 
 enum MtlMemory : uint32_t { MTL_MEM_DEVICE = 1, MTL_MEM_THREADGROUP = 2 };
 
+// Calls that stay where the kernel has them: not made conditional, not merged with another one.
 #define MTL_CONVERGENT __attribute__((convergent))
+#define MTL_NO_MERGE __attribute__((convergent, nomerge))
 
 extern "C" {
 // Waits until all lanes of the simdgroup are at the same call; `detail` are the memory flags of a simdgroup_barrier.
-MTL_CONVERGENT const MtlSnapshot* mtl_simd(const void* value, uint32_t size, uint32_t op, uint32_t detail);
-MTL_CONVERGENT void mtl_barrier(uint32_t memory_flags);
+MTL_NO_MERGE const MtlSnapshot* mtl_simd(const void* value, uint32_t size, uint32_t op, uint32_t detail);
+MTL_NO_MERGE void mtl_barrier(uint32_t memory_flags);
 uint32_t mtl_lane();
 void* mtl_threadgroup_array(const char* name, uint32_t id, uint64_t size);
 void mtl_atomic(const void* address, uint32_t size, int writes);
-void mtl_undefined(const char* kind, const char* message);
+void mtl_undefined(const char* message);       // here
+void mtl_undefined_lane(const char* message);  // in the lane's last simd operation
 }

@@ -32,37 +32,32 @@ MTL_MATH_1(fract, x - __builtin_floorf(x)) MTL_MATH_1(sign, x > 0 ? 1.0f : x < 0
 #undef MTL_TRANSCENDENTALS
 #undef MTL_MATH_1
 
-#define MTL_EACH(T, expression)                                       \
-  if constexpr (mtl_size<T> == 1) {                                   \
-    return expression;                                                \
-  } else {                                                            \
-    T out;                                                            \
-    for (int i = 0; i < mtl_size<T>; i++) out[i] = mtl_each(i);       \
-    return out;                                                       \
-  }
 template <class T> inline T abs(T v) {
   if constexpr (mtl_size<T> > 1) {
-    auto mtl_each = [&](int i) { return metal::abs(v[i]); };
-    MTL_EACH(T, v)
+    T out;
+    for (int i = 0; i < mtl_size<T>; i++) out[i] = metal::abs((mtl_element<T>)v[i]);
+    return out;
   } else if constexpr (std::is_integral_v<T>) {
     return (T)(v < 0 ? -v : v);
   } else {
     return fabs(v);
   }
 }
-template <class T> inline T min(T a, T b) {
-  auto mtl_each = [&](int i) { return metal::min((mtl_element<T>)a[i], (mtl_element<T>)b[i]); };
-  MTL_EACH(T, b < a ? b : a)
-}
-template <class T> inline T max(T a, T b) {
-  auto mtl_each = [&](int i) { return metal::max((mtl_element<T>)a[i], (mtl_element<T>)b[i]); };
-  MTL_EACH(T, a < b ? b : a)
-}
-template <class T> inline T fmin(T a, T b) { return a != a ? b : b != b ? a : metal::min(a, b); }
-template <class T> inline T fmax(T a, T b) { return a != a ? b : b != b ? a : metal::max(a, b); }
+#define MTL_MATH_2(name, scalar)                                                                       \
+  template <class T> inline T name(T a, T b) {                                                         \
+    if constexpr (mtl_size<T> == 1) {                                                                  \
+      return scalar;                                                                                   \
+    } else {                                                                                           \
+      T out;                                                                                           \
+      for (int i = 0; i < mtl_size<T>; i++) out[i] = metal::name((mtl_element<T>)a[i], (mtl_element<T>)b[i]); \
+      return out;                                                                                      \
+    }                                                                                                  \
+  }
+MTL_MATH_2(min, b < a ? b : a) MTL_MATH_2(max, a < b ? b : a)
+MTL_MATH_2(fmin, a != a || b < a ? b : a) MTL_MATH_2(fmax, a != a || a < b ? b : a)
+#undef MTL_MATH_2
 template <class T> inline T clamp(T v, T low, T high) { return metal::min(metal::max(v, low), high); }
 template <class T> inline T select(T a, T b, bool second) { return second ? b : a; }
-#undef MTL_EACH
 
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline half fma(half a, half b, half c) { return __builtin_fmaf16(a, b, c); }
@@ -101,12 +96,12 @@ template <class T> inline T reverse_bits(T v) {
   return out;
 }
 template <class T> inline T extract_bits(T v, uint offset, uint bits) {
-  if (offset + bits > mtl_bits<T>) mtl_undefined("UB", "extract_bits: offset + bits exceed the width");
+  if (offset + bits > mtl_bits<T>) mtl_undefined("extract_bits: offset + bits exceed the width");
   if (bits == 0 || offset + bits > mtl_bits<T>) return 0;
   return (T)((T)(v << (mtl_bits<T> - offset - bits)) >> (mtl_bits<T> - bits));
 }
 template <class T> inline T insert_bits(T base, T insert, uint offset, uint bits) {
-  if (offset + bits > mtl_bits<T>) mtl_undefined("UB", "insert_bits: offset + bits exceed the width");
+  if (offset + bits > mtl_bits<T>) mtl_undefined("insert_bits: offset + bits exceed the width");
   if (bits == 0 || offset + bits > mtl_bits<T>) return base;
   T mask = (T)((bits == mtl_bits<T> ? ~T(0) : (T)((T(1) << bits) - 1)) << offset);
   return (T)((base & ~mask) | ((T)(insert << offset) & mask));

@@ -52,7 +52,7 @@ MTL_SIMD void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgr
                                             simdgroup_matrix<C, 8, 8> c) {
   mtl_operands own = {{(float)a.elements[0], (float)a.elements[1]}, {(float)b.elements[0], (float)b.elements[1]}};
   const MtlSnapshot* s = mtl_simd(&own, sizeof(own), MTL_MATRIX_MULTIPLY, 0);
-  if (mtl_mask(s) != 0xffffffffu) mtl_undefined("SIMD-INACTIVE", "simdgroup_matrix with inactive lanes");
+  if (mtl_mask(s) != 0xffffffffu) mtl_undefined_lane("simdgroup_matrix with inactive lanes");
   float sum[2] = {(float)c.elements[0], (float)c.elements[1]};
   mtl_multiply(s, mtl_lane(), sum);
   d.elements[0] = (D)sum[0];

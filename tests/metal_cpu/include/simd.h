@@ -76,7 +76,7 @@ template <class T> MTL_SIMD T simd_prefix_inclusive_product(T v) {
 // The value of another lane; reading an absent or inactive one is undefined in Metal and reported.
 template <class T> MTL_HIDDEN inline T mtl_from(const MtlSnapshot* s, uint source) {
   if (source < 32 && mtl_active(s, source)) return mtl_value<T>(s, source);
-  mtl_undefined("SIMD-INACTIVE", source < 32 ? "the source lane is inactive" : "the source lane is not in 0 to 31");
+  mtl_undefined_lane(source < 32 ? "the source lane is inactive" : "the source lane is not in 0 to 31");
   T poison;
   __builtin_memset(&poison, 0xCD, sizeof(T));
   return poison;

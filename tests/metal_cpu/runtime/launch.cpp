@@ -37,6 +37,7 @@ static void begin_launch(const LaunchOptions& options) {
   machine.counts = {};
   machine.report.clear();
   machine.reported.clear();
+  machine.kinds.clear();
   machine.timed_out = false;
   machine.current = nullptr;
   machine.random_state = 0x9E3779B97F4A7C15ull ^ (options.seed * 0xD1342543DE82EF95ull);
@@ -118,6 +119,7 @@ extern "C" const char* mtl_launch(const BufferArgument* arguments, int count, co
   run_groups();
   faults_remove();
   if (options->profile) profile_end();
+  for (const auto& [kind, times] : machine.kinds) report_line("KIND\t%s\t%lu", kind.c_str(), times);
   memory_return(arguments, count);
   memory_unmap();
   *counts = machine.counts;

@@ -24,7 +24,7 @@ void problem(uintptr_t pc, const char* kind, const char* format, ...) {
   machine.counts.reports++;
   long offset = pc >= machine.image_begin && pc < machine.image_end ? (long)(pc - 1 - machine.image_begin) : -1;
   std::string key = std::string(kind) + "\t" + std::to_string(offset);
-  report_line("KIND\t%s", kind);
+  machine.kinds[kind]++;
   if ((int)machine.reported.size() >= machine.options.max_problems || !machine.reported.insert(key).second) return;
   va_list arguments;
   va_start(arguments, format);
@@ -40,4 +40,5 @@ void report_line(const char* format, ...) {
   va_end(arguments);
 }
 
-extern "C" void mtl_undefined(const char* kind, const char* message) { problem(CALLER, kind, "%s", message); }
+extern "C" void mtl_undefined(const char* message) { problem(CALLER, "UB", "%s", message); }
+extern "C" void mtl_undefined_lane(const char* message) { problem(machine.current->pc, "SIMD-INACTIVE", "%s", message); }

@@ -3,6 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <map>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -116,6 +117,7 @@ struct Machine {
   // Reports (report.cpp)
   std::string report;
   std::unordered_set<std::string> reported;
+  std::map<std::string, uint64_t> kinds;  // with repeats
 };
 extern Machine machine;
 
