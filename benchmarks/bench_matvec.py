@@ -2,12 +2,13 @@
 
     python benchmarks/bench_matvec.py [--quick] [--json]
 
-Shapes of Qwen3-30B-A3B: gate and up 768 x 2048, down 2048 x 768, 8 experts a token. A `matvec` row multiplies one matrix of
-each of 8 experts with a token: ours with one gather_qmv of 8 picks, MLX with one product of the 8 matrices stacked, which
-spares it the gathering. A `moe` row is the whole expert layer: gather_moe; mx.gather_qmm with SwiGLU; plain float16 products.
-All cases take turns in one process. MLX's CPU backend has no setting for its threads: `cores` is CPU time over wall time,
-and shows that its products run on one; `threads` is the number that ours were given. On a machine with other work, compare
-`cpu_vs_mlx_4bit`, the ratio of CPU times, in which waiting for a core does not count.
+Shapes of Qwen3-30B-A3B: gate and up 768 x 2048, down 2048 x 768, 8 experts a token. A `gate` or `down` row multiplies one
+matrix of each of 8 experts with a token: ours with one gather_qmv of 8 picks, MLX with one product of the 8 matrices
+stacked, which spares it the gathering. A `moe` row is the whole expert layer: gather_moe; mx.gather_qmm with SwiGLU;
+plain float16 products. Activations are float32 (float16 beside float16 weights).
+All cases take turns in one process. MLX's CPU backend has no setting for its threads: `cores` is CPU time over wall
+time, and shows that its products run on one; `threads` is the number that ours were given. On a machine with other work
+compare `cpu_vs_mlx_4bit`, the ratio of CPU times, in which waiting for a core does not count.
 """
 
 import argparse
@@ -70,7 +71,8 @@ class Ours:
 
     def dense(self, expert: int, index: int) -> np.ndarray:
         """The matrix in the model's space, by the numpy specification."""
-        return rotation.unrotate(trellis.decode_matrix(self.records[expert].matrices[index], 12), self.signs[index == 2])
+        q = trellis.decode_matrix(self.records[expert].matrices[index], 12)
+        return rotation.unrotate(q, self.signs[index == 2])
 
     def check(self) -> None:
         """Compare one expert with float64; a wrong kernel is not timed."""
@@ -138,7 +140,11 @@ def case_calls(ours: dict[int, Ours], theirs: dict[int, Mlx], part: str) -> dict
     return cases
 
 
-def measure(ours: dict[int, Ours], theirs: dict[int, Mlx], part: str, threads: int, rounds: int) -> list[dict[str, object]]:
+Row = dict[str, object]
+COLUMNS = "threads bits median_us gweights_per_s best_gweights_per_s cores vs_mlx_4bit cpu_vs_mlx_4bit".split()
+
+
+def measure(ours: dict[int, Ours], theirs: dict[int, Mlx], part: str, threads: int, rounds: int) -> list[Row]:
     """Rows of one part with one number of threads."""
     native.set_threads(threads)
     weights = EXPERTS * HIDDEN * MIDDLE * (3 if part == "moe" else 1)
@@ -183,8 +189,8 @@ def main() -> None:
     for part in ("gate", "down", "moe"):
         for threads in (1, 2):
             rows += measure(ours, theirs, part, threads, 7 if args.quick else 41)
-    keys = ["threads", "bits", "median_us", "gweights_per_s", "best_gweights_per_s", "cores", "vs_mlx_4bit", "cpu_vs_mlx_4bit"]
-    common.print_table(["part, case", *keys], [[f"{r['part']}, {r['case']}", *(r[k] or "-" for k in keys)] for r in rows])
+    table = [[f"{r['part']}, {r['case']}", *(r[c] or "-" for c in COLUMNS)] for r in rows]
+    common.print_table(["part, case", *COLUMNS], table)
     if args.json:
         common.print_json({"benchmark": "matvec", "isa": native.isa(), "machine": common.machine(), "rows": rows})
 

@@ -14,8 +14,8 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
     """Time the cases in turn, so that a slow moment of the machine hits all of them alike.
 
     Returns:
-        By case: median_s and best_s, wall time in seconds; cpu_s, the median of the process's CPU time; cores, the median
-        of CPU time over wall time.
+        By case: median_s and best_s, wall time in seconds; cpu_s, the median of the process's CPU time; cores, the
+        median of CPU time over wall time.
     """
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for call in cases.values():

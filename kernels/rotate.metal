@@ -11,11 +11,11 @@
 // MLX's hadamard_transform computes the same in three launches (pad, signs, transform); a token passes here twice a layer.
 
 template <int H, typename X, typename Signs, typename Params, typename Z>
-METAL_FUNC void rotate_rows(X x, Signs signs, Params params, device Z* z, threadgroup float* shared, uint group, uint row,
-                            uint sg, uint lane) {
+METAL_FUNC void rotate_rows(X x, Signs signs, Params params, device Z* z, threadgroup float* shared, uint3 at, uint sg,
+                            uint lane) {
   constexpr uint E = H < 256 ? H / 32 : 8, threads = H / E, simdgroups = threads / 32;
-  const uint columns = params[0], first = group * H, thread_index = 32 * sg + lane;
-  const ulong from = ulong(row) * columns, to = ulong(row) * params[1] + first;
+  const uint columns = params[0], first = at.x * H, thread_index = 32 * sg + lane;
+  const ulong from = ulong(at.y) * columns, to = ulong(at.y) * params[1] + first;
   float v[E];
 #pragma clang loop unroll(full)
   for (uint e = 0; e < E; ++e) {

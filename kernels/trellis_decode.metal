@@ -9,7 +9,7 @@
 struct MatrixView {
   const device half* row_gain;    // one a padded row, where has_row_gain
   const device half* bias;        // one a padded row, where has_bias
-  const device half* block_gain;  // one per 16 stored columns
+  const device half4* block_gain; // a half per 16 stored columns
   const device uchar* order;      // stored block -> block of the matrix; two bytes each above 256 blocks
   const device uchar* rates;      // a nibble a block
   const device uint* payload;
@@ -26,25 +26,30 @@ METAL_FUNC const device uchar* record_at(const device uchar* pool, Table table, 
 METAL_FUNC MatrixView matrix_view(const device uchar* record, uint matrix) {
   const device uint* header = (const device uint*)record;
   const uint flags = header[3], rows = header[4 + 3 * matrix], columns = header[5 + 3 * matrix];
-  const uint padded_rows = (rows + 31) / 32 * 32;
+  const uint padded_rows = (rows + 31) & ~31u;
   MatrixView m;
   m.blocks = (columns + 63) / 64;
   m.has_bias = (flags & 1) != 0;
-  m.has_row_gain = (flags >> (8 + matrix) & 1) != 0;
-  const device uchar* at = record + 128 * header[6 + 3 * matrix];
+  m.has_row_gain = (flags & (matrix == 0 ? 256 : matrix == 1 ? 512 : 1024)) != 0;
+  const device uchar* section = record + 128 * header[6 + 3 * matrix];
+  const device uchar* at = section;
   m.row_gain = (const device half*)at;
   at += m.has_row_gain ? 2 * padded_rows : 0;
   m.bias = (const device half*)at;
   at += m.has_bias ? 2 * padded_rows : 0;
-  m.block_gain = (const device half*)at;
+  m.block_gain = (const device half4*)at;
   m.order = at + 8 * m.blocks;
   m.rates = m.order + (m.blocks > 256 ? 2 * m.blocks : m.blocks);
-  const uint side = uint(m.rates - (record + 128 * header[6 + 3 * matrix])) + (m.blocks + 1) / 2;
-  m.payload = (const device uint*)(record + 128 * header[6 + 3 * matrix] + (side + 127) / 128 * 128);
+  const uint side = uint(m.rates - section) + (m.blocks + 1) / 2;
+  m.payload = (const device uint*)(section + (side + 127) / 128 * 128);
   return m;
 }
 
-METAL_FUNC uint block_rate(MatrixView m, uint block) { return m.rates[block / 2] >> (4 * (block & 1)) & 15; }
+// Shifts by a variable amount cost eight additions here, hence the selections.
+METAL_FUNC uint block_rate(MatrixView m, uint block) {
+  const uint pair = m.rates[block / 2];
+  return block & 1 ? pair >> 4 : pair & 15;
+}
 METAL_FUNC uint block_place(MatrixView m, uint block) {
   return m.blocks > 256 ? uint(((const device ushort*)m.order)[block]) : uint(m.order[block]);
 }
@@ -53,27 +58,30 @@ METAL_FUNC uint planes_of(uint rate) { return rate == 7 ? 8 : rate; }
 // What each lane knows of one of up to 32 consecutive blocks. The planes before a block are a prefix sum over lanes, so a
 // simdgroup may take any subset of blocks without walking the others.
 struct BlockGroup {
-  uint rate, place;  // 0 beyond the last block
-  uint planes;       // planes of the row tile before this lane's block
-  uint end;          // planes of the row tile up to and with the group, the same in every lane
+  uint rate;    // 0 beyond the last block
+  uint column;  // first column of the block in the matrix
+  uint word;    // of the row tile, where the block begins
+  uint end;     // of the row tile, where the group ends; the same in every lane
 };
 
+// `start`: words of the row tile before block `first`.
 METAL_FUNC BlockGroup block_group(MatrixView m, uint first, uint start, uint lane) {
   BlockGroup g;
-  const uint block = first + lane;
-  g.rate = block < m.blocks ? block_rate(m, block) : 0;
-  g.place = block < m.blocks ? block_place(m, block) : 0;
-  const uint own = planes_of(g.rate);
-  g.planes = start + simd_prefix_exclusive_sum(own);
-  g.end = simd_broadcast(g.planes + own, 31);
+  const uint block = min(first + lane, m.blocks - 1);
+  g.rate = first + lane < m.blocks ? block_rate(m, block) : 0;
+  g.column = 64 * block_place(m, block);
+  const uint own = planes_of(g.rate), before = simd_prefix_exclusive_sum(own);
+  g.word = start + 32 * before;
+  g.end = start + 32 * simd_broadcast(before + own, 31);
   return g;
 }
 
-// Planes of one row tile: the words between two tiles are 32 times that.
-METAL_FUNC uint tile_planes(MatrixView m, uint lane) {
+// Words from one row tile to the next; `g` is the group of the first blocks.
+METAL_FUNC uint tile_words(MatrixView m, BlockGroup g, uint lane) {
+  if (m.blocks <= 32) return g.end;
   uint planes = 0;
-  for (uint block = lane; block < m.blocks; block += 32) planes += planes_of(block_rate(m, block));
-  return simd_sum(planes);
+  for (uint block = 32 + lane; block < m.blocks; block += 32) planes += planes_of(block_rate(m, block));
+  return g.end + 32 * simd_sum(planes);
 }
 
 METAL_FUNC ushort low16(uint v) { return as_type<ushort2>(v).x; }
@@ -95,8 +103,9 @@ METAL_FUNC uint segment_bits(const thread uint* words, int at) {
 // this row and the next are put side by side, tiles 0 and 2 in word 0, tiles 1 and 3 in word 1.
 template <int P>
 METAL_FUNC void load_planes(const device uint* block, ushort lane, thread uint* words) {
+  const device uint* mine = block + lane;
 #pragma clang loop unroll(full)
-  for (int i = 0; i < P; ++i) words[i] = block[32 * i + lane];
+  for (int i = 0; i < P; ++i) words[i] = mine[32 * i];
   if (P == 1) {
     const uint own = words[0], next = simd_shuffle(own, ushort((lane + 1) & 31));
     words[0] = (own & 0x00FF00FFu) | (next & 0x00FF00FFu) << 8;

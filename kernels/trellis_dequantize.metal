@@ -11,7 +11,7 @@
 // one row's 32 columns at once. 33 entries a row keep lanes on different banks.
 
 template <int RATE, int L, typename T>
-METAL_FUNC void store_block(const device uint* block, const device half* gains, float row_gain, threadgroup T* staged,
+METAL_FUNC void store_block(const device uint* block, half4 gains, float row_gain, threadgroup T* staged,
                             device T* w, uint columns, uint rows, ushort lane) {
   uint words[8];
   load_planes<(RATE == 7 ? 8 : RATE)>(block, lane, words);
@@ -37,7 +37,8 @@ METAL_FUNC void store_block(const device uint* block, const device half* gains, 
 
 template <int L, int SG, typename T, typename Ids, typename Table, typename Params>
 METAL_FUNC void trellis_dequantize(const device uchar* pool, Ids ids, Table table, Params params, device T* w,
-                                   device float* bias, threadgroup T* staged, uint tile, uint index, uint sg, uint lane) {
+                                   device float* bias, threadgroup T* staged, uint3 group, uint sg, uint lane) {
+  const uint tile = group.x, index = group.y;
   const device uchar* record = record_at(pool, table, uint(ids[index]), params[1], params[0]);
   const MatrixView m = matrix_view(record, params[4]);
   const uint rows = params[2], columns = params[3], row = 32 * tile + lane, inside = min(32u, rows - 32 * tile);
@@ -45,17 +46,16 @@ METAL_FUNC void trellis_dequantize(const device uchar* pool, Ids ids, Table tabl
   const float row_gain = m.has_row_gain ? float(m.row_gain[row]) : 1.0f;
   device T* out = w + (ulong(index) * rows + 32 * tile) * columns;
   threadgroup T* mine = staged + 32 * 33 * sg;
-  const device uint* payload = m.payload + ulong(tile) * (32 * tile_planes(m, lane));
-  uint start = 0;
+  BlockGroup g = block_group(m, 0, 0, lane);
+  const device uint* payload = m.payload + tile * tile_words(m, g, lane);
   for (uint first = 0; first < m.blocks; first += 32) {
-    const BlockGroup g = block_group(m, first, start, lane);
-    start = g.end;
+    if (first > 0) g = block_group(m, first, g.end, lane);
     const uint last = min(32u, m.blocks - first);
     for (uint i = sg; i < last; i += SG) {
       const uint rate = simd_broadcast(g.rate, ushort(i));
-      const device uint* block = payload + 32 * simd_broadcast(g.planes, ushort(i));
-      const device half* gains = m.block_gain + 4 * (first + i);
-      device T* to = out + 64 * simd_broadcast(g.place, ushort(i));
+      const device uint* block = payload + simd_broadcast(g.word, ushort(i));
+      device T* to = out + simd_broadcast(g.column, ushort(i));
+      const half4 gains = m.block_gain[first + i];
       switch (rate) {
         case 1: store_block<1, L>(block, gains, row_gain, mine, to, columns, inside, lane); break;
         case 2: store_block<2, L>(block, gains, row_gain, mine, to, columns, inside, lane); break;

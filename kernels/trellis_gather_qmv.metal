@@ -4,10 +4,10 @@
 //   pool    u8, records at base + 128 * table[expert]; base makes the address of the first record a multiple of 128
 //   ids     u32 or i32 [picks], experts;  table  u32 [experts]
 //   z       f32 [tokens or picks, C], rotated inputs in the model's column order
-//   params  u32 [7]: base, experts, picks, rows of the output, C, picks that share a row of z, matrix
+//   params  u32 [7]: base, experts, rows of z, picks that share a row of z, C, rows of the output, matrix
 // Inputs of fewer than 8 elements are in constant space, so pointers that may be short are template types.
 //
-// Grid: x = row tiles x simdgroups x 32, y = picks. One threadgroup computes 32 rows of one matrix (of gate and up in the
+// Grid: x = row tiles x simdgroups x 32, y = picks of a row of z, z = rows of z. One threadgroup computes 32 rows of one matrix (of gate and up in the
 // fused kernel) for up to W picks of one expert: its simdgroups take blocks of 64 columns in turn (32-row tiles alone would
 // leave most of a GPU idle: 768 rows x 8 experts are 192 simdgroups), and add their sums through threadgroup memory.
 // With W > 1 the first of every W picks of an expert works for all of them and the others return at once, so an expert
@@ -15,10 +15,10 @@
 
 #define TQ_BASE params[0]
 #define TQ_EXPERTS params[1]
-#define TQ_PICKS params[2]
-#define TQ_ROWS params[3]
+#define TQ_PICKS (params[2] * params[3])
+#define TQ_SHARED params[3]
 #define TQ_COLUMNS params[4]
-#define TQ_SHARED params[5]
+#define TQ_ROWS params[5]
 #define TQ_MATRIX params[6]
 
 // The picks that a threadgroup works for.
@@ -26,6 +26,14 @@ struct Members {
   uint count;  // 0: another threadgroup does this pick
   uint pick;   // lane t holds member t
 };
+
+// Where each member's row of z begins.
+template <int W, typename Params>
+METAL_FUNC void rows_of_z(Members m, Params params, uint row, thread uint* from) {
+  const uint start = W == 1 ? row * TQ_COLUMNS : m.pick / TQ_SHARED * TQ_COLUMNS;
+#pragma clang loop unroll(full)
+  for (int t = 0; t < W; ++t) from[t] = W == 1 ? start : simd_broadcast(start, ushort(t));
+}
 
 template <int W, typename Ids>
 METAL_FUNC Members members_of(Ids ids, uint pick, uint picks, ushort lane) {
@@ -59,8 +67,8 @@ METAL_FUNC Members members_of(Ids ids, uint pick, uint picks, ushort lane) {
 
 // acc[t] += this simdgroup's blocks of one row tile times z, gains of columns included; from[t] = first entry of z.
 template <int RATE, int L, int W>
-METAL_FUNC void multiply_block(const device uint* block, const device half* gains, const device float* z,
-                               const thread uint* from, uint count, ushort lane, thread float* acc) {
+METAL_FUNC void multiply_block(const device uint* block, half4 gains, const device float* z, const thread uint* from,
+                               uint count, ushort lane, thread float* acc) {
   uint words[8];
   load_planes<(RATE == 7 ? 8 : RATE)>(block, lane, words);
 #pragma clang loop unroll(full)
@@ -73,7 +81,7 @@ METAL_FUNC void multiply_block(const device uint* block, const device half* gain
 #pragma clang loop unroll(full)
     for (uint t = 0; t < W; ++t) {
       if (W > 1 && t >= count) break;
-      const device float4* x = (const device float4*)(z + from[t] + 16 * tile);
+      const device float4* x = (const device float4*)(z + from[t]) + 4 * tile;
       float sum = 0.0f;
 #pragma clang loop unroll(full)
       for (int i = 0; i < 4; ++i) {
@@ -92,17 +100,16 @@ METAL_FUNC void multiply_block(const device uint* block, const device half* gain
 template <int L, int W>
 METAL_FUNC void multiply_tile(MatrixView m, uint tile, const device float* z, const thread uint* from, uint count, uint sg,
                               uint sgs, ushort lane, thread float* acc) {
-  const device uint* payload = m.payload + ulong(tile) * (32 * tile_planes(m, lane));
-  uint start = 0;
+  BlockGroup g = block_group(m, 0, 0, lane);
+  const device uint* payload = m.payload + tile * tile_words(m, g, lane);
   for (uint first = 0; first < m.blocks; first += 32) {
-    const BlockGroup g = block_group(m, first, start, lane);
-    start = g.end;
+    if (first > 0) g = block_group(m, first, g.end, lane);
     const uint last = min(32u, m.blocks - first);
     for (uint i = sg; i < last; i += sgs) {
       const uint rate = simd_broadcast(g.rate, ushort(i));
-      const device uint* block = payload + 32 * simd_broadcast(g.planes, ushort(i));
-      const device half* gains = m.block_gain + 4 * (first + i);
-      const device float* x = z + 64 * simd_broadcast(g.place, ushort(i));
+      const device uint* block = payload + simd_broadcast(g.word, ushort(i));
+      const device float* x = z + simd_broadcast(g.column, ushort(i));
+      const half4 gains = m.block_gain[first + i];
       switch (rate) {
         case 1: multiply_block<1, L, W>(block, gains, x, from, count, lane, acc); break;
         case 2: multiply_block<2, L, W>(block, gains, x, from, count, lane, acc); break;
@@ -129,17 +136,16 @@ METAL_FUNC float row_result(MatrixView m, const threadgroup float* sums, uint t,
 // sums: threadgroup floats, simdgroups x W x 32.
 template <int L, int W, typename T, typename Ids, typename Table, typename Params>
 METAL_FUNC void trellis_gather_qmv(const device uchar* pool, Ids ids, Table table, const device float* z, Params params,
-                                   device T* y, threadgroup float* sums, uint tile, uint pick, uint sg, uint sgs, uint lane) {
+                                   device T* y, threadgroup float* sums, uint3 group, uint sg, uint sgs, uint lane) {
+  const uint tile = group.x, pick = group.z * TQ_SHARED + group.y;
   const Members members = members_of<W>(ids, pick, TQ_PICKS, lane);
   if (members.count == 0) return;
   const MatrixView m = matrix_view(record_at(pool, table, uint(ids[pick]), TQ_EXPERTS, TQ_BASE), TQ_MATRIX);
   uint from[W];
   float acc[W];
+  rows_of_z<W>(members, params, group.z, from);
 #pragma clang loop unroll(full)
-  for (int t = 0; t < W; ++t) {
-    from[t] = simd_broadcast(members.pick, ushort(t)) / TQ_SHARED * TQ_COLUMNS;
-    acc[t] = 0.0f;
-  }
+  for (int t = 0; t < W; ++t) acc[t] = 0.0f;
   multiply_tile<L, W>(m, tile, z, from, members.count, sg, sgs, lane, acc);
 #pragma clang loop unroll(full)
   for (int t = 0; t < W; ++t) sums[(sg * W + t) * 32 + lane] = acc[t];
@@ -147,7 +153,7 @@ METAL_FUNC void trellis_gather_qmv(const device uchar* pool, Ids ids, Table tabl
   const uint row = 32 * tile + lane;
   for (uint t = sg; t < members.count; t += sgs) {
     const float v = row_result<W>(m, sums, t, row, sgs, lane);
-    const uint to = simd_broadcast(members.pick, ushort(t));
+    const uint to = W == 1 ? pick : simd_broadcast(members.pick, ushort(t));
     if (row < TQ_ROWS) y[to * TQ_ROWS + row] = T(v);
   }
 }
@@ -177,8 +183,9 @@ METAL_FUNC float activate(float gate, float up, float alpha, float limit) {
 // shape f32 [2]: alpha and limit of TQ_SWIGLU_OAI. sums: threadgroup floats, 2 x simdgroups x W x 32.
 template <int L, int W, int ACT, typename Ids, typename Table, typename Params, typename Shape>
 METAL_FUNC void trellis_gather_gate_up(const device uchar* pool, Ids ids, Table table, const device float* z, Params params,
-                                       Shape shape, device float* hidden, threadgroup float* sums, uint tile, uint pick,
-                                       uint sg, uint sgs, uint lane) {
+                                       Shape shape, device float* hidden, threadgroup float* sums, uint3 group, uint sg,
+                                       uint sgs, uint lane) {
+  const uint tile = group.x, pick = group.z * TQ_SHARED + group.y;
   const Members members = members_of<W>(ids, pick, TQ_PICKS, lane);
   if (members.count == 0) return;
   const device uchar* record = record_at(pool, table, uint(ids[pick]), TQ_EXPERTS, TQ_BASE);
@@ -186,11 +193,9 @@ METAL_FUNC void trellis_gather_gate_up(const device uchar* pool, Ids ids, Table 
   threadgroup float* up_sums = sums + sgs * W * 32;
   uint from[W];
   float acc[W], up_acc[W];
+  rows_of_z<W>(members, params, group.z, from);
 #pragma clang loop unroll(full)
-  for (int t = 0; t < W; ++t) {
-    from[t] = simd_broadcast(members.pick, ushort(t)) / TQ_SHARED * TQ_COLUMNS;
-    acc[t] = up_acc[t] = 0.0f;
-  }
+  for (int t = 0; t < W; ++t) acc[t] = up_acc[t] = 0.0f;
   multiply_tile<L, W>(gate, tile, z, from, members.count, sg, sgs, lane, acc);
   if (ACT != TQ_RELU2) multiply_tile<L, W>(up, tile, z, from, members.count, sg, sgs, lane, up_acc);
 #pragma clang loop unroll(full)
@@ -203,7 +208,7 @@ METAL_FUNC void trellis_gather_gate_up(const device uchar* pool, Ids ids, Table 
   for (uint t = sg; t < members.count; t += sgs) {
     const float g = row_result<W>(gate, sums, t, row, sgs, lane);
     const float u = ACT != TQ_RELU2 ? row_result<W>(up, up_sums, t, row, sgs, lane) : 0.0f;
-    const uint to = simd_broadcast(members.pick, ushort(t));
+    const uint to = W == 1 ? pick : simd_broadcast(members.pick, ushort(t));
     if (row < TQ_ROWS) hidden[to * TQ_ROWS + row] = activate<ACT>(g, u, shape[0], shape[1]);
   }
 }

@@ -9,9 +9,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import tiny_models
 from commands import FILES, SMALL, Result, names, process
+from safetensors.numpy import save_file
 
 from tiny_qmoe_mlx import terminal
 
@@ -53,8 +56,12 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """An unconverted Qwen3-MoE of 3 layers, 2 of them with 8 experts."""
-    return tiny_models.make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "hf", "qwen3_moe")
+    """An unconverted Qwen3-MoE of 3 layers, 2 of them with 8 experts; it never ends a reply by itself."""
+    directory = tiny_models.make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "hf", "qwen3_moe")
+    weights = {name: np.array(w) for name, w in mx.load(str(directory / "model.safetensors")).items()}
+    weights["lm_head.weight"][tiny_models.BASE["eos_token_id"]] = 0  # of other tokens, the likeliest has a logit of 10
+    save_file(weights, directory / "model.safetensors", {"format": "mlx"})
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -296,7 +296,9 @@ def interruptible():
 
 def wait_for_libraries(child: subprocess.Popen) -> None:
     """Python itself has started then, and the command has the signals in hand."""
-    while not any("numpy" in line for line in mapped(child.pid)) and child.poll() is None:
+    while (
+        not any(re.search("_multiarray_umath|/mlx/core", line) for line in mapped(child.pid)) and child.poll() is None
+    ):
         time.sleep(0.01)
 
 

@@ -317,6 +317,8 @@ FORGERIES = {
     "more experts": set_layer("experts", 9),
     "other shapes": set_layer("matrices", [["gate_proj", 32, 64], ["up_proj", 32, 64], ["down_proj", 64, 32]]),
     "biases": set_layer("bias", True),
+    "another trellis length": lambda config: config["tiny_qmoe"].update(length=16),
+    "no trellis length": lambda config: config["tiny_qmoe"].pop("length"),
     "another layer's path": set_layer("path", "model.layers.0.mlp.switch_mlp"),
     "experts of the model": set_key("num_experts", 16),
     "hidden size": set_key("hidden_size", 128),

@@ -258,6 +258,7 @@ def wide(tmp_path_factory) -> Path:
             bits=round(container.bits_per_weight(specs, 128), 4),
             alignment=128,
             seed=0,
+            length=12,
             layers=tuple(specs),
             source={"model": "noise", "revision": None},
             calibration={"source": "none", "tokens": 0},

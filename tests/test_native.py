@@ -1,4 +1,4 @@
-"""The C++ library against the numpy specification, float64 products, and an independent Viterbi search."""
+"""The C++ library against the numpy specification and float64 products, with records of strangers too."""
 
 import ctypes
 import mmap
@@ -15,12 +15,10 @@ from records import random_record, record_size
 
 from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.codecs import rotation, trellis
-from tiny_qmoe_mlx.codecs.trellis_scale import GAUSSIAN
 from tiny_qmoe_mlx.errors import FormatError
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ library is not built")
 ISAS = native.supported_isas() if native.available() else []
-RATES = range(1, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -47,120 +45,6 @@ def pool_of(records: list[trellis.Record]) -> tuple[np.ndarray, int]:
 
 def shapes_of(record: trellis.Record) -> list[tuple[int, int]]:
     return [(m.rows, m.columns) for m in record.matrices]
-
-
-def noise_tiles(rng: np.random.Generator, count: int, rate: int, length: int) -> np.ndarray:
-    """Gaussian tiles in the units that suit a rate."""
-    return (rng.standard_normal((count, 32, 16)) / GAUSSIAN[length, rate][0]).astype(np.float32)
-
-
-def step_of(rate: int) -> int:
-    return rate - 3 if rate in trellis.INST3_RATES else rate
-
-
-# ---- encoding
-
-
-def decoded(codes: np.ndarray, rate: int, length: int) -> np.ndarray:
-    """Values (n, 32, 16) of codes (n, 32, planes), n a multiple of 4, by the specification: four tiles are a superblock."""
-    count, _, planes = codes.shape
-    segments = np.ascontiguousarray(codes.reshape(-1, 4, 32, planes).transpose(0, 2, 1, 3)).reshape(-1, 32, 4 * planes)
-    words = np.ascontiguousarray(segments.view("<u4").transpose(0, 2, 1))
-    values = trellis.decode_block(words, rate, length)
-    return values.reshape(-1, 32, 4, 16).transpose(0, 2, 1, 3).reshape(count, 32, 16)
-
-
-@pytest.mark.parametrize("length", trellis.LENGTHS)
-@pytest.mark.parametrize("rate", RATES)
-def test_codes_decode_to_the_values_and_depend_on_x_alone(rng, rate, length):
-    x = noise_tiles(rng, 8, rate, length)
-    codes, values = native.encode_tiles(x, rate, length)
-    np.testing.assert_array_equal(values, decoded(codes, rate, length))
-    for name in ISAS:
-        for threads in (1, 3):
-            native.use_isa(name)
-            native.set_threads(threads)
-            again, _ = native.encode_tiles(x[:4], rate, length)
-            np.testing.assert_array_equal(again, codes[:4], err_msg=name)
-
-
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize(
-    "fill", [0.0, 1e-30, 1.9, -5.0, 1e30, -3.4e38], ids=["zero", "tiny", "edge", "beyond", "huge", "largest"]
-)
-def test_tiles_that_no_code_can_reach_still_give_valid_codes(isa, rate, fill):
-    x = np.full((4, 32, 16), fill, np.float32)
-    x[1, ::2] = -fill
-    x[2, :, 5:] = 0.3
-    codes, values = native.encode_tiles(x, rate, 12)
-    np.testing.assert_array_equal(values, decoded(codes, rate, 12))
-    if 1 < abs(fill) < 10 and rate > 1:
-        assert (np.sign(values[0]) == np.sign(fill)).mean() > 0.9  # the search still goes towards the target
-
-
-def squared_error_bound(x: np.ndarray, rate: int, length: int, seam: int) -> float:
-    """Least squared error of one tile over all circular paths whose window 0 has the low bits `seam`: a plain Viterbi search.
-
-    Windows run from the last to the first; cost[s] is the least error of the windows so far that end in state s.
-    """
-    step = step_of(rate)
-    table = trellis.code_table(length, rate in trellis.INST3_RATES).astype(np.float64)
-    low_bits = np.arange(1 << length) & ((1 << length - step) - 1)
-    cost = np.where(low_bits == seam, 0.0, np.inf)
-    for target in x.reshape(-1, table.shape[1])[::-1].astype(np.float64):
-        before = cost.reshape(1 << step, -1).min(0)
-        cost = np.repeat(before, 1 << step) + ((table - target) ** 2).sum(1)
-    return cost[low_bits == seam].min()
-
-
-@pytest.mark.parametrize("rate", RATES)
-def test_the_path_is_the_best_one_through_its_seam(rng, rate):
-    x = noise_tiles(rng, 4, rate, 12)
-    codes, values = native.encode_tiles(x, rate, 12)
-    for i in range(4):
-        bits = np.unpackbits(codes[i], bitorder="little")[: 12 - step_of(rate)].astype(int)
-        seam = int((bits << np.arange(bits.size)).sum())
-        error = ((values[i].astype(np.float64) - x[i]) ** 2).sum()
-        best = squared_error_bound(x[i], rate, 12, seam)
-        # The encoder's costs are 16-bit integers: within 0.3 % of the optimum (0.17 % was the most in 280 tiles).
-        assert best * (1 - 1e-9) <= error <= best * 1.003
-
-
-# Mean squared error in dB of the same codes over long sequences, without the seam's loss, as measured with a float search.
-LONG_SEQUENCE_DB = {
-    12: [-2.80, -5.57, -8.32, -11.09, -13.65],
-    14: [-2.85, -5.68, -8.46, -11.20, -13.89],
-    16: [-2.88, -5.72, -8.57, -11.28, -14.00, -17.50, -23.38],
-}
-
-
-def gaussian_error(rng: np.random.Generator, rate: int, length: int, tiles: int, scale: float) -> float:
-    g = rng.standard_normal((tiles, 32, 16)).astype(np.float32)
-    _, values = native.encode_tiles(g / np.float32(scale), rate, length)
-    return float(((values.astype(np.float64) * scale - g) ** 2).mean() / (g.astype(np.float64) ** 2).mean())
-
-
-@pytest.mark.parametrize(
-    ("length", "tiles"),
-    [(12, 200), pytest.param(14, 200, marks=pytest.mark.slow), pytest.param(16, 100, marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize("rate", RATES)
-def test_gaussian_error(rng, rate, length, tiles):
-    error = gaussian_error(rng, rate, length, tiles, GAUSSIAN[length, rate][0])
-    decibel = 10 * np.log10(error)
-    assert abs(decibel - 10 * np.log10(GAUSSIAN[length, rate][1])) < 0.05
-    if rate <= len(LONG_SEQUENCE_DB[length]):
-        assert abs(decibel - LONG_SEQUENCE_DB[length][rate - 1]) < 0.1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", trellis.LENGTHS)
-@pytest.mark.parametrize("rate", RATES)
-def test_gaussian_scale_is_the_best_one(rate, length):
-    scale, _ = GAUSSIAN[length, rate]
-    tiles = {12: 400, 14: 100, 16: 30}[length]
-    errors = [gaussian_error(np.random.default_rng(1), rate, length, tiles, scale * f) for f in (0.9, 1.0, 1.1)]
-    assert errors[1] < min(errors[0], errors[2])
 
 
 # ---- decoding
@@ -230,7 +114,9 @@ def assert_near(got: np.ndarray, want: np.ndarray) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("length", trellis.LENGTHS)
-@pytest.mark.parametrize(("rows", "columns", "bias"), [(64, 512, False), (1, 1, True), (97, 200, True), (33, 2048, False)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "bias"), [(64, 512, False), (1, 1, True), (97, 200, True), (33, 2048, False)]
+)
 def test_gather_qmv(rng, isa, threads, length, rows, columns, bias):
     native.set_threads(threads)
     records = [random_record(rng, [(5, 64), (rows, columns)], bias, length, row_gain=bool(i % 2)) for i in range(3)]
@@ -260,12 +146,19 @@ def sigmoid(v: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-v))
 
 
+def gelu_tanh(v: np.ndarray) -> np.ndarray:
+    return 0.5 * v * (1 + np.tanh((2 / np.pi) ** 0.5 * (v + 0.044715 * v**3)))
+
+
+def swiglu_oai(gate: np.ndarray, up: np.ndarray, alpha: float = 1.3, limit: float = 2.5) -> np.ndarray:
+    gate = np.minimum(gate, limit)
+    return gate * sigmoid(alpha * gate) * (np.clip(up, -limit, limit) + 1)
+
+
 ACTIVATIONS = {
     native.SILU: lambda gate, up: gate * sigmoid(gate) * up,
-    native.GELU_TANH: lambda gate, up: 0.5 * gate * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up,
-    native.SWIGLU_OAI: lambda gate, up: (
-        np.minimum(gate, 2.5) * sigmoid(1.3 * np.minimum(gate, 2.5)) * (np.clip(up, -2.5, 2.5) + 1)
-    ),
+    native.GELU_TANH: lambda gate, up: gelu_tanh(gate) * up,
+    native.SWIGLU_OAI: swiglu_oai,
     native.RELU2: lambda gate, _: np.maximum(gate, 0) ** 2,
 }
 
@@ -305,17 +198,17 @@ def test_no_picks_give_an_empty_result():
 
 
 def test_python_threads_may_call_at_once_while_the_pool_changes(rng):
-    record = random_record(rng, [(320, 256)])
-    pool, _ = pool_of([record])
+    pool, _ = pool_of([random_record(rng, [(320, 256)])])
     x, sign = rng.standard_normal((1, 256)).astype(np.float32), rotation.signs(0, 0, 0, 256)
-    want = native.gather_qmv(pool, np.zeros(1, np.int64), 0, x, np.zeros(1, np.int32), sign)
+    arguments = (pool, np.zeros(1, np.int64), 0, x, np.zeros(1, np.int32), sign)
+    want = native.gather_qmv(*arguments)
     wrong = []
 
     def work(number: int) -> None:
         for i in range(50):
             if number == 0:
                 native.set_threads(1 + i % 4)
-            if not np.array_equal(native.gather_qmv(pool, np.zeros(1, np.int64), 0, x, np.zeros(1, np.int32), sign), want):
+            if not np.array_equal(native.gather_qmv(*arguments), want):
                 wrong.append(number)
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
@@ -361,14 +254,15 @@ def parse_accepts(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool) -
 
 
 def mutate(rng: np.random.Generator, data: np.ndarray) -> np.ndarray:
-    """Damage as it happens and as an attacker would do it: single bits, wild words, cut ends; mostly with a right hash."""
+    """Damage, by chance and on purpose: single bits, wild words, cut ends; mostly with a right hash."""
     data = data.copy()
     for _ in range(rng.integers(0, 3)):
         place = int(rng.integers(0, 56 if rng.random() < 0.6 else min(len(data), 600)))
         if rng.random() < 0.5:
             data[place] ^= 1 << rng.integers(0, 8)
         else:
-            data[place // 4 * 4 :][:4].view("<u4")[0] = rng.choice([0, 1, 2**31, 2**32 - 1, rng.integers(0, 2**32), 2, 128])
+            word = data[place // 4 * 4 :][:4].view("<u4")
+            word[0] = rng.choice([0, 1, 2, 128, 2**31, 2**32 - 1, rng.integers(0, 2**32)])
     if rng.random() < 0.2:
         data = data[: rng.integers(0, len(data))].copy()
     if len(data) >= 64 and rng.random() < 0.8:

@@ -216,7 +216,7 @@ def _text_config(config: dict) -> dict:
     for key in SIZE_KEYS:
         if not isinstance(c.get(key), int | None) or (c.get(key) or 0) < 0:
             raise FormatError(f"[config.json] {key} should be a number of at least 0, received {str(c[key])[:80]}.")
-    return c
+    return {key: value for key, value in c.items() if value is not None}
 
 
 def kv_bytes(config: dict, context: int, cpu: bool) -> int:
@@ -231,7 +231,7 @@ def kv_bytes(config: dict, context: int, cpu: bool) -> int:
     if c.get(
         "qk_rope_head_dim"
     ):  # multi-head latent attention; some of mlx-lm's models cache it expanded: allow for that
-        per_token = c["num_attention_heads"] * (
+        per_token = c.get("num_attention_heads", 0) * (
             c.get("qk_nope_head_dim", 0) + c["qk_rope_head_dim"] + c.get("v_head_dim", 0)
         )
     steps = -(-(context + 1) // 256) + 1

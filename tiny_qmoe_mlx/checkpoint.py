@@ -122,8 +122,10 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
         model, config = load_model(directory, lazy=True)
     except FileNotFoundError as error:
         raise FormatError(f"[model] {directory} should hold model*.safetensors and does not.") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except MemoryError:
+        raise
+    except Exception as error:  # a config that contradicts itself or the tensors trips mlx-lm in many ways
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(
             f"[model] mlx-lm cannot load {directory} (model_type {config['model_type']}): {reason}"
         ) from error

@@ -18,7 +18,7 @@ from tiny_qmoe_mlx.codecs import rotation, trellis
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2, "relu2": 3}  # TQ_* of trellis_gather_qmv.metal
 MAX_TOKENS = 8  # of one product straight from records
-TARGET_SIMDGROUPS = 1024  # of a launch: enough for 40 cores with some 24 each
+TARGET_SIMDGROUPS = 768  # of a launch: some 19 for each of 40 cores
 DEQUANTIZE_SIMDGROUPS = 4
 THREADS = 32  # of a simdgroup
 
@@ -73,7 +73,7 @@ def source(*names: str) -> str:
     return "\n".join((folder / f"{name}.metal").read_text(encoding="utf-8") for name in names)
 
 
-_GROUP = "threadgroup_position_in_grid.x, threadgroup_position_in_grid.y, simdgroup_index_in_threadgroup"
+_POSITION = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup"
 _LANE = "thread_index_in_simdgroup"
 
 
@@ -84,7 +84,7 @@ def _rotate_kernel():
         input_names=["x", "signs", "params"],
         output_names=["z"],
         header=source("rotate"),
-        source=f"threadgroup float shared[H]; rotate_rows<H>(x, signs, params, z, shared, {_GROUP}, {_LANE});",
+        source=f"threadgroup float shared[H]; rotate_rows<H>(x, signs, params, z, shared, {_POSITION}, {_LANE});",
     )
 
 
@@ -96,7 +96,7 @@ def _qmv_kernel():
         output_names=["y"],
         header=source("trellis_decode", "trellis_gather_qmv"),
         source="threadgroup float sums[SG * W * 32]; trellis_gather_qmv<L, W>(pool, ids, table, z, params, y, sums, "
-        f"{_GROUP}, simdgroups_per_threadgroup, {_LANE});",
+        f"{_POSITION}, simdgroups_per_threadgroup, {_LANE});",
     )
 
 
@@ -108,7 +108,7 @@ def _gate_up_kernel():
         output_names=["hidden"],
         header=source("trellis_decode", "trellis_gather_qmv"),
         source="threadgroup float sums[2 * SG * W * 32]; trellis_gather_gate_up<L, W, ACT>(pool, ids, table, z, params, "
-        f"shape, hidden, sums, {_GROUP}, simdgroups_per_threadgroup, {_LANE});",
+        f"shape, hidden, sums, {_POSITION}, simdgroups_per_threadgroup, {_LANE});",
     )
 
 
@@ -120,7 +120,7 @@ def _dequantize_kernel():
         output_names=["w", "bias"],
         header=source("trellis_decode", "trellis_dequantize"),
         source="threadgroup T staged[SG * 32 * 33]; trellis_dequantize<L, SG>(pool, ids, table, params, w, bias, staged, "
-        f"{_GROUP}, {_LANE});",
+        f"{_POSITION}, {_LANE});",
     )
 
 
@@ -176,11 +176,11 @@ def _simdgroups(tiles: int, picks: int, blocks: int, width: int) -> int:
     return count
 
 
-def _launch(rows: int, columns: int, picks: int, width: int) -> dict:
+def _launch(rows: int, z: mx.array, picks: int, width: int) -> dict:
     tiles = trellis.padded_rows(rows) // trellis.ROW_TILE
-    count = _simdgroups(tiles, picks, columns // rotation.COLUMN_BLOCK, width)
+    count = _simdgroups(tiles, picks, z.shape[1] // rotation.COLUMN_BLOCK, width)
     return {
-        "grid": (tiles * count * THREADS, picks, 1),
+        "grid": (tiles * count * THREADS, picks // z.shape[0], z.shape[0]),
         "threadgroup": (count * THREADS, 1, 1),
         "output_shapes": [(picks, rows)],
     }
@@ -200,14 +200,13 @@ def gather_qmv(
     Returns:
         (picks, rows) of `dtype`.
     """
-    rows, columns = layer.shapes[matrix][0], z.shape[1]
-    picks, width = ids.size, _width(tokens)
-    params = (records.base, records.table.size, picks, rows, columns, picks // z.shape[0], matrix)
+    rows, picks, width = layer.shapes[matrix][0], ids.size, _width(tokens)
+    params = (records.base, records.table.size, z.shape[0], picks // z.shape[0], z.shape[1], rows, matrix)
     return _qmv_kernel()(
         inputs=[records.pool, ids, records.table, z, _numbers(mx.uint32, *params)],
         template=[("T", dtype), ("L", layer.length), ("W", width), ("SG", 8 if width == 1 else 4)],
         output_dtypes=[dtype],
-        **_launch(rows, columns, picks, width),
+        **_launch(rows, z, picks, width),
     )[0]
 
 
@@ -220,15 +219,14 @@ def gather_gate_up(z: mx.array, ids: mx.array, records: Records, layer: ExpertSh
     if layer.fused is None:
         raise ValueError("[metal.gather_gate_up] needs one of the fused activations; use gather_qmv for each matrix.")
     name, alpha, limit = layer.fused
-    rows, columns = layer.shapes[0][0], z.shape[1]
-    picks, width = ids.size, _width(tokens)
-    params = (records.base, records.table.size, picks, rows, columns, picks // z.shape[0], 0)
+    rows, picks, width = layer.shapes[0][0], ids.size, _width(tokens)
+    params = (records.base, records.table.size, z.shape[0], picks // z.shape[0], z.shape[1], rows, 0)
     shape = _numbers(mx.float32, alpha, limit)
     return _gate_up_kernel()(
         inputs=[records.pool, ids, records.table, z, _numbers(mx.uint32, *params), shape],
         template=[("L", layer.length), ("W", width), ("ACT", ACTIVATIONS[name]), ("SG", 8 if width == 1 else 4)],
         output_dtypes=[mx.float32],
-        **_launch(rows, columns, picks, width),
+        **_launch(rows, z, picks, width),
     )[0]
 
 

@@ -179,10 +179,10 @@ def open_tokenizer(directory: Path) -> TokenizerWrapper:
 def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
     try:
         model, _ = load_model(directory, lazy=True, get_model_classes=model_classes(container.spec))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, FormatError):
+    except Exception as error:  # a config that contradicts itself trips mlx-lm in many ways
+        if isinstance(error, FormatError | MemoryError):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(
             f"[model] the weights of {directory} do not fit its config: {reason}; convert the model again."
         ) from error

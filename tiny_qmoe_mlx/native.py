@@ -59,7 +59,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             i32,
         ),
         "tq_gather_moe": (
-            [pointer, u64, pointer, i64, pointer, i64, i64, i64, i64, pointer, pointer, pointer, i32, f32, f32, pointer],
+            [pointer, u64, pointer, i64, pointer, *[i64] * 4, pointer, pointer, pointer, i32, f32, f32, pointer],
             i32,
         ),
     }
@@ -77,7 +77,7 @@ def available() -> bool:
 def _need() -> ctypes.CDLL:
     library = _library()
     if library is None:
-        raise RuntimeError("[native] the C++ library is not there; install the package again where a C++ compiler exists.")
+        raise RuntimeError("[native] the C++ library is missing; install the package again where a C++ compiler exists.")
     return library
 
 
@@ -85,7 +85,7 @@ def _pointer(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def _array(where: str, name: str, value, dtype, shape: tuple[int | None, ...]) -> np.ndarray:
+def _array(where: str, name: str, value: object, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
     """A C-contiguous array of exactly this dtype and shape; None stands for any length."""
     if not isinstance(value, np.ndarray) or value.dtype != dtype:
         got = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
@@ -124,7 +124,8 @@ def isa() -> str:
 
 def supported_isas() -> list[str]:
     """Names of the instruction sets that this machine runs, best first; "portable" is always there."""
-    library, names = _need(), []
+    library = _need()
+    names: list[str] = []
     while name := library.tq_isa_name(len(names)):
         names.append(name.decode())
     return names
@@ -170,7 +171,8 @@ def encode_tiles(x: np.ndarray, rate: int, length: int) -> tuple[np.ndarray, np.
         length: L, bits of a state: 12, 14 or 16.
 
     Returns:
-        codes u8 (n, 32, PLANES[rate]): row l's part of the tile's bitstring; values float32 (n, 32, 16): what they decode to.
+        codes u8 (n, 32, PLANES[rate]): row l's part of the tile's bitstring.
+        values float32 (n, 32, 16): what the codes decode to.
 
     Raises:
         ValueError: an argument is out of range, or x is not finite.
@@ -178,12 +180,15 @@ def encode_tiles(x: np.ndarray, rate: int, length: int) -> tuple[np.ndarray, np.
     library = _need()
     x = _array("encode_tiles", "x", x, np.float32, (None, ROW_TILE, TILE_COLUMNS))
     if rate not in range(1, len(PLANES)) or length not in LENGTHS:
-        raise ValueError(f"[native.encode_tiles] rate should be 1 to 7 and length one of {LENGTHS}, received {rate}, {length}.")
+        raise ValueError(
+            f"[native.encode_tiles] rate should be 1 to 7 and length one of {LENGTHS}, received {rate} and {length}."
+        )
     if not np.isfinite(x).all():
         raise ValueError("[native.encode_tiles] x should be finite, received Inf or NaN.")
     codes = np.empty((len(x), ROW_TILE, int(PLANES[rate])), np.uint8)
     values = np.empty_like(x)
-    _check("encode_tiles", library.tq_encode_tiles(_pointer(x), len(x), rate, length, _pointer(codes), _pointer(values)))
+    status = library.tq_encode_tiles(_pointer(x), len(x), rate, length, _pointer(codes), _pointer(values))
+    _check("encode_tiles", status)
     return codes, values
 
 
@@ -216,7 +221,7 @@ def _shape(where: str, data: np.ndarray, offset: int, matrix: int) -> tuple[int,
 def dequantize(
     data: np.ndarray, matrix: int, row_start: int, row_stop: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Rows of a record's matrix in the rotated space: `codecs.trellis.decode_matrix(...)[row_start:row_stop]`, to the bit.
+    """Rows of a record's matrix in the rotated space: those of `codecs.trellis.decode_matrix`, to the bit.
 
     Args:
         data: u8 (record_bytes,), a record that passed `check_record`.
@@ -243,7 +248,9 @@ def dequantize(
 # ---- products
 
 
-def _picks(where: str, pool, offsets, x, rows_of) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _picks(
+    where: str, pool: np.ndarray, offsets: np.ndarray, x: np.ndarray, rows_of: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     pool = _array(where, "pool", pool, np.uint8, (None,))
     offsets = _array(where, "offsets", offsets, np.int64, (None,))
     x = _array(where, "x", x, np.float32, (None, None))

@@ -110,8 +110,8 @@ int tq_dequantize(const uint8_t* data, uint64_t size, int matrix, int64_t row_st
 }
 
 int tq_gather_qmv(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offsets, int64_t picks, int matrix,
-                  const float* x, int64_t tokens, int64_t columns, const int32_t* rows_of, const float* sign, int64_t rows,
-                  float* y) {
+                  const float* x, int64_t tokens, int64_t columns, const int32_t* rows_of, const float* sign,
+                  int64_t rows, float* y) {
   return guarded([&] {
     const Gather g{pool, pool_bytes, offsets, picks, x, tokens, columns, rows_of, sign};
     return gather_qmv(g, matrix, rows, y);
@@ -127,10 +127,11 @@ int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offse
   });
 }
 
-int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* biases, int bits, int64_t rows, int64_t columns,
-                  const float* x, int tokens, float* y) {
+int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* biases, int bits, int64_t rows,
+                  int64_t columns, const float* x, int tokens, float* y) {
   return guarded([&] {
-    affine_product({reinterpret_cast<const uint8_t*>(weights), scales, biases, bits, rows, columns, tokens, x, nullptr, y});
+    affine_product(
+        {reinterpret_cast<const uint8_t*>(weights), scales, biases, bits, rows, columns, tokens, x, nullptr, y});
     return TQ_OK;
   });
 }

@@ -52,8 +52,9 @@ inline F load_floats(const float* p) {
 }
 inline void store_floats(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
-// Both halves of a code product become floats by a shift, a mask and an xor: their exponents lie in 12 to 15, so the bits
-// that float32 has more of are constant. An arithmetic shift by 3 keeps the sign and moves exponent and mantissa in place.
+// Both halves of a code product become floats by a shift, a mask and an xor: their exponents lie in 12 to 15, so the
+// bits that float32 has more of are constant. An arithmetic shift by 3 keeps the sign and moves exponent and mantissa
+// in place.
 constexpr uint32_t kFloatMask = 0x81FFE000u;
 constexpr uint32_t kHighXor = ((kHalvesXor >> 16) << 13) + 0x38000000u;
 constexpr uint32_t kLowXor = ((kHalvesXor & 0xFFFFu) << 13) + 0x38000000u;
@@ -61,7 +62,8 @@ constexpr uint32_t kLowXor = ((kHalvesXor & 0xFFFFu) << 13) + 0x38000000u;
 inline F high_weight(U product) { return (F)and_xor((U)((I)product >> 3), kFloatMask, kHighXor); }
 inline F low_weight(U product) { return (F)and_xor((U)((I)(product << 16) >> 3), kFloatMask, kLowXor); }
 
-// The words of one row vector: its rows' planes, and those of the next row (and the one after it, which rate 1 looks into).
+// The words of one row vector: its rows' planes, and those of the next row (and the one after it, which rate 1 looks
+// into).
 template <int Planes>
 struct Words {
   U own[Planes], next[Planes], after[Planes];
@@ -137,7 +139,8 @@ TQMOE_INLINE void visit_window(U product, Visit& visit) {
 
 template <int Rate, int Column, class Visit, int... Index>
 TQMOE_INLINE void visit_word(U bits, U mask, Visit& visit, std::integer_sequence<int, Index...>) {
-  (visit_window<Rate, Column + Index * step_weights(Rate)>(code_product<Rate>(bits, Index * step_bits(Rate), mask), visit),
+  (visit_window<Rate, Column + Index * step_weights(Rate)>(code_product<Rate>(bits, Index * step_bits(Rate), mask),
+                                                           visit),
    ...);
 }
 
@@ -243,8 +246,8 @@ void decode_block_at(int rate, const uint8_t* block, uint32_t mask, float* value
 
 typedef float F4 __attribute__((vector_size(16)));
 
-// 4 rows from 4 columns of a decoded superblock, gains applied. The order of the two products is the specification's, so
-// results are equal to the bit: (value * block gain) * row gain.
+// 4 rows from 4 columns of a decoded superblock, gains applied. The order of the two products is the specification's,
+// so results are equal to the bit: (value * block gain) * row gain.
 TQMOE_INLINE void transpose(const float* values, float block_gain, const float* row_gain, F4* rows) {
   F4 c[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&c[i], values + kRowTile * i, sizeof c[i]);
@@ -257,8 +260,8 @@ TQMOE_INLINE void transpose(const float* values, float block_gain, const float* 
 }
 
 // Rows first to last - 1 of one superblock.
-void write_block(const float* values, const uint8_t* block_gain, const float* row_gain, int first, int last, int64_t stride,
-                 float* out) {
+void write_block(const float* values, const uint8_t* block_gain, const float* row_gain, int first, int last,
+                 int64_t stride, float* out) {
   for (int l = first & ~3; l < last; l += 4) {
     for (int c = 0; c < kBlockColumns; c += 4) {
       F4 rows[4];
@@ -275,12 +278,14 @@ void decode_tile(const MatrixView& m, int64_t tile, int first, int last, float* 
   const uint32_t mask = (1u << m.length) - 1;
   alignas(64) float values[kBlockColumns * kRowTile];
   float row_gain[kRowTile];
-  for (int l = 0; l < kRowTile; ++l) row_gain[l] = m.row_gain ? load_half(m.row_gain + 2 * (tile * kRowTile + l)) : 1.0f;
+  for (int l = 0; l < kRowTile; ++l)
+    row_gain[l] = m.row_gain ? load_half(m.row_gain + 2 * (tile * kRowTile + l)) : 1.0f;
   for (int64_t b = 0; b < m.blocks; ++b) {
     int rate = block_rate(m, b);
     decode_block_at(rate, block, mask, values);
     block += 128 * kPlanes[rate];
-    write_block(values, m.block_gain + 8 * b, row_gain, first, last, m.padded_columns, out + kBlockColumns * block_place(m, b));
+    write_block(values, m.block_gain + 8 * b, row_gain, first, last, m.padded_columns,
+                out + kBlockColumns * block_place(m, b));
   }
 }
 

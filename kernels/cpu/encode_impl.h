@@ -1,10 +1,11 @@
 // The Viterbi encoder of one tail-biting tile. Included by each instruction-set file after its V16 operations.
 //
-// A step goes from window p + 1 to window p, because the decoder's window reads forward: s(p) = (s(p + 1) << kv | bits) mod 2^L.
-// The 2^kv predecessors of the states q * 2^kv ... + 2^kv - 1 are q + j * Q, with Q = 2^(L - kv): a strided minimum, then an
-// expansion, both over contiguous memory. Costs are 16-bit integers with saturation, the best state at -32768 after each
-// step; so every instruction set and thread count gives the same codes, and twice the lanes of float32 fit a register.
-// A saturated state is so much worse than the best one that no best path passes it (the units are chosen in encoder.cpp).
+// A step goes from window p + 1 to window p, because the decoder's window reads forward: s(p) = (s(p + 1) << kv | bits)
+// mod 2^L. The 2^kv predecessors of the states q * 2^kv ... + 2^kv - 1 are q + j * Q, with Q = 2^(L - kv): a strided
+// minimum, then an expansion, both over contiguous memory. Costs are 16-bit integers with saturation, the best state at
+// -32768 after each step; so every instruction set and thread count gives the same codes, and twice the lanes of
+// float32 fit a register. A saturated state is so much worse than the best one that no best path passes it (the units
+// are chosen in encoder.cpp).
 //
 // Decisions are bit masks of 32 states: a tournament over the 2^kv predecessors leaves 2^kv - 1 masks, in postorder.
 
@@ -114,7 +115,8 @@ inline int cheapest(const int16_t* cost, int begin, int end, int stride) {
   return best;
 }
 
-// The state before step `stop` of a forward run of `steps` steps that ends in `state`; its new bits go to w.bits if asked.
+// The state before step `stop` of a forward run of `steps` steps that ends in `state`; its new bits go to w.bits if
+// asked.
 template <int Bits>
 int trace(const EncodeJob& job, const Workspace& w, int steps, int stop, int state, uint8_t* bits) {
   const int q_count = (1 << job.length) >> Bits, per_group = (1 << Bits) - 1;

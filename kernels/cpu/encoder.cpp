@@ -8,15 +8,16 @@
 namespace tqmoe {
 namespace {
 
-// Cost units: a squared distance d^2 becomes (d * units)^2 / 2^15. Fine units round less, coarse ones leave room: targets
-// beyond the clip lose their weight against their neighbours. T2 weights reach 2.0, so no difference of theirs overflows;
-// 3INST weights reach 4.0, differences saturate at 5.5. A cost range of 2^16 is a squared error of 97 (59 for 3INST),
-// where a step of the best path adds 1.0 at most. On Gaussian tiles these are within 0.001 dB of a search in float32.
+// Cost units: a squared distance d^2 becomes (d * units)^2 / 2^15. Fine units round less, coarse ones leave room:
+// targets beyond the clip lose their weight against their neighbours. T2 weights reach 2.0, so no difference of theirs
+// overflows; 3INST weights reach 4.0, differences saturate at 5.5. A cost range of 2^16 is a squared error of 97 (59
+// for 3INST), where a step of the best path adds 1.0 at most. On Gaussian tiles these are within 0.001 dB of a search
+// in float32.
 constexpr float kT2Units = 4700.0f, kT2Clip = 32767.0f - 2 * kT2Units;
 constexpr float kInst3Units = 6000.0f, kInst3Clip = 32767.0f;
 
-// Survivors of a Viterbi search have merged after some constraint lengths: 8 cost 0.005 dB less than 6, and 0.002 dB more
-// than half of the tile.
+// Survivors of a Viterbi search have merged after some constraint lengths: 8 cost 0.005 dB less than 6, and 0.002 dB
+// more than half of the tile.
 int merging_windows(int rate, int length) { return 8 * length / step_bits(rate); }
 
 }  // namespace
@@ -24,7 +25,8 @@ int merging_windows(int rate, int length) { return 8 * length / step_bits(rate);
 void encode_tiles(const float* x, int64_t tiles, int rate, int length, uint8_t* codes, float* values) {
   const bool inst3 = is_inst3(rate);
   const int states = 1 << length, weights = step_weights(rate), row_bytes = part_bytes(rate);
-  EncodeJob job{rate, length, merging_windows(rate, length), inst3 ? kInst3Units : kT2Units, inst3 ? kInst3Clip : kT2Clip, {}};
+  EncodeJob job{
+      rate, length, merging_windows(rate, length), inst3 ? kInst3Units : kT2Units, inst3 ? kInst3Clip : kT2Clip, {}};
   std::vector<int16_t> code(static_cast<size_t>(weights) * states);
   std::vector<float> value(code.size());
   for (int s = 0; s < states; ++s) {
@@ -50,7 +52,8 @@ void encode_tiles(const float* x, int64_t tiles, int rate, int length, uint8_t* 
       uint32_t window = 0;
       for (int i = 0; i < 3; ++i) window |= static_cast<uint32_t>(bits[(p * step / 8 + i) % size]) << (8 * i);
       const uint32_t state = window >> (p * step % 8) & (states - 1);
-      std::memcpy(values + tile * kTileWeights + p * weights, &value[static_cast<size_t>(weights) * state], 4 * weights);
+      std::memcpy(values + tile * kTileWeights + p * weights, &value[static_cast<size_t>(weights) * state],
+                  4 * weights);
     }
   });
 }

@@ -1,4 +1,5 @@
-// What the library's own files share; the instruction-set files do not include it (they must not emit common inline code).
+// What the library's own files share; the instruction-set files do not include it (they must not emit common inline
+// code).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -35,6 +36,7 @@ struct Activation {
 
 // Both return TQ_OK, TQ_RECORD or TQ_SHAPE.
 int gather_qmv(const Gather& g, int matrix, int64_t rows, float* y);
-int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation, float* y);
+int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation,
+               float* y);
 
 }  // namespace tqmoe

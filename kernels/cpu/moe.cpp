@@ -1,7 +1,8 @@
 // Products with gathered experts: picks of the same record share one decoding, up to 8 of them.
 //
-// Work runs in phases over the thread pool: rotate tokens; per group of picks, bring the tokens into the stored order and
-// fold the block gains into them; per (group, row tile), multiply. Groups go in batches, which bounds the scratch memory.
+// Work runs in phases over the thread pool: rotate tokens; per group of picks, bring the tokens into the stored order
+// and fold the block gains into them; per (group, row tile), multiply. Groups go in batches, which bounds the scratch
+// memory.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -37,7 +38,8 @@ struct Picks {
 bool collect(const Gather& g, Picks* out) {
   out->order.resize(static_cast<size_t>(g.picks));
   std::iota(out->order.begin(), out->order.end(), 0);
-  std::stable_sort(out->order.begin(), out->order.end(), [&](int64_t a, int64_t b) { return g.offsets[a] < g.offsets[b]; });
+  std::stable_sort(out->order.begin(), out->order.end(),
+                   [&](int64_t a, int64_t b) { return g.offsets[a] < g.offsets[b]; });
   for (int64_t i = 0; i < g.picks;) {
     const int64_t offset = g.offsets[out->order[i]];
     if (offset < 0 || static_cast<uint64_t>(offset) >= g.pool_bytes) return false;
@@ -149,7 +151,8 @@ int gather_qmv(const Gather& g, int matrix, int64_t rows, float* y) {
     });
     each_tile(turn, groups, count, matrix, [&](int64_t i, int64_t tile) {
       float out[kMaxTokens * kRowTile];
-      multiply(kernels, groups[i].record.matrix[matrix], tile, groups[i].tokens, x.get() + i * padded * kMaxTokens, out);
+      multiply(kernels, groups[i].record.matrix[matrix], tile, groups[i].tokens, x.get() + i * padded * kMaxTokens,
+               out);
       write_rows(groups[i], tile, rows, out, y);
     });
   }
@@ -170,7 +173,8 @@ bool fits(const Group& group, const Gather& g, int64_t middle, int64_t out_rows,
 
 }  // namespace
 
-int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation, float* y) {
+int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation,
+               float* y) {
   const bool gated = activation.kind != TQ_RELU2;
   const int down = gated ? 2 : 1;
   Picks picks;

@@ -13,14 +13,14 @@ uint32_t load_u32(const uint8_t* p) { return load_u16(p) | load_u16(p + 2) << 16
 uint64_t load_u64(const uint8_t* p) { return load_u32(p) | static_cast<uint64_t>(load_u32(p + 4)) << 32; }
 uint64_t round_up(uint64_t n, uint64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// XXH3-64 with seed 0 of exactly 56 bytes: the branch of the algorithm for 17 to 128 bytes, with the part of its default
-// secret that this length uses.
+// XXH3-64 with seed 0 of exactly 56 bytes: the branch of the algorithm for 17 to 128 bytes, with the part of its
+// default secret that this length uses.
 uint64_t hash_header(const uint8_t* data) {
-  static const uint8_t secret[64] = {
-      0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
-      0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
-      0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
-      0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c};
+  static const uint8_t secret[64] = {0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7,
+                                     0x21, 0xad, 0x1c, 0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40,
+                                     0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f, 0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5,
+                                     0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21, 0xb8, 0x08, 0x46, 0x74,
+                                     0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c};
   auto mix = [&](uint64_t at, uint64_t key) {
     unsigned __int128 product = static_cast<unsigned __int128>(load_u64(data + at) ^ load_u64(secret + key)) *
                                 (load_u64(data + at + 8) ^ load_u64(secret + key + 8));
@@ -58,7 +58,8 @@ bool is_permutation(const MatrixView& m) {
 }
 
 // `size`: the used bytes; `offset`: of the section.
-bool parse_section(const uint8_t* data, uint64_t size, uint64_t offset, bool row_gain, bool bias, bool whole, MatrixView* m) {
+bool parse_section(const uint8_t* data, uint64_t size, uint64_t offset, bool row_gain, bool bias, bool whole,
+                   MatrixView* m) {
   const uint64_t rows = m->rows, columns = m->columns;
   if (rows < 1 || rows > kMaxDimension || columns < 1 || columns > kMaxDimension) return false;
   const uint64_t padded = round_up(rows, kRowTile), blocks = round_up(columns, kBlockColumns) / kBlockColumns;
@@ -107,7 +108,8 @@ bool parse_record(const uint8_t* data, uint64_t size, bool whole, RecordView* ou
     m.length = length;
     m.rows = load_u32(entry);
     m.columns = load_u32(entry + 4);
-    if (!parse_section(data, used, kUnit * load_u32(entry + 8), flags >> (8 + i) & 1, flags & 1, whole, &m)) return false;
+    if (!parse_section(data, used, kUnit * load_u32(entry + 8), flags >> (8 + i) & 1, flags & 1, whole, &m))
+      return false;
   }
   return true;
 }

@@ -13,8 +13,8 @@ struct RecordView {
   MatrixView matrix[kMaxMatrices];
 };
 
-// The views of a record of `size` bytes; false if anything in it is not as the format says. `whole` also checks what the
-// kernels do not depend on: the header's hash, that gains are finite, and that the order is a permutation.
+// The views of a record of `size` bytes; false if anything in it is not as the format says. `whole` also checks what
+// the kernels do not depend on: the header's hash, that gains are finite, and that the order is a permutation.
 bool parse_record(const uint8_t* data, uint64_t size, bool whole, RecordView* out);
 
 }  // namespace tqmoe

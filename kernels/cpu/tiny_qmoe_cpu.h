@@ -34,7 +34,8 @@ TQ_API int tq_check_record(const uint8_t* data, uint64_t size, const uint32_t* s
 TQ_API int tq_record_shape(const uint8_t* data, uint64_t size, int matrix, int64_t* out);
 
 // Rows row_start to row_stop - 1 of a matrix: out f32 [row_stop - row_start][padded columns].
-TQ_API int tq_dequantize(const uint8_t* data, uint64_t size, int matrix, int64_t row_start, int64_t row_stop, float* out);
+TQ_API int tq_dequantize(const uint8_t* data, uint64_t size, int matrix, int64_t row_start, int64_t row_stop,
+                         float* out);
 
 // y[p] = matrix of the record at pool + offsets[p], times the rotated x[rows_of[p]], plus bias.
 // x f32 [tokens][columns], sign f32 [padded columns], y f32 [picks][rows].
@@ -43,9 +44,10 @@ TQ_API int tq_gather_qmv(const uint8_t* pool, uint64_t pool_bytes, const int64_t
                          int64_t rows, float* y);
 
 // The whole expert: y f32 [picks][out_rows]. middle: columns of the last matrix, unpadded.
-TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offsets, int64_t picks, const float* x,
-                         int64_t tokens, int64_t columns, int64_t middle, int64_t out_rows, const int32_t* rows_of,
-                         const float* sign_in, const float* sign_mid, int activation, float alpha, float limit, float* y);
+TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offsets, int64_t picks,
+                         const float* x, int64_t tokens, int64_t columns, int64_t middle, int64_t out_rows,
+                         const int32_t* rows_of, const float* sign_in, const float* sign_mid, int activation,
+                         float alpha, float limit, float* y);
 
 // Rows of an MLX affine matrix, groups of 64 columns, 4 or 8 bits, times tokens (1 to 8): y f32 [tokens][rows].
 // weights u32 [rows][columns * bits / 32], scales and biases f32 [rows][columns / 64], x f32 [tokens][columns].

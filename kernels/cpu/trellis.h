@@ -18,10 +18,10 @@ constexpr uint32_t kInst3Multiplier = 89226354u, kInst3Addend = 64248484u;
 constexpr uint32_t kHalvesMask = 0x8FFF8FFFu, kHalvesXor = 0x3B603B60u;
 
 static constexpr bool is_inst3(int rate) { return rate >= 6; }
-static constexpr int step_bits(int rate) { return is_inst3(rate) ? rate - 3 : rate; }       // bits that a window advances
-static constexpr int step_weights(int rate) { return is_inst3(rate) ? 1 : 2; }              // weights that a window gives
+static constexpr int step_bits(int rate) { return is_inst3(rate) ? rate - 3 : rate; }  // bits that a window advances
+static constexpr int step_weights(int rate) { return is_inst3(rate) ? 1 : 2; }         // weights that a window gives
 static constexpr int tile_steps(int rate) { return kTileWeights / step_weights(rate); }
-static constexpr int part_bytes(int rate) { return kPlanes[rate]; }                         // of one row of one tile
+static constexpr int part_bytes(int rate) { return kPlanes[rate]; }  // of one row of one tile
 
 // The float of a half that is finite: all the halves of this format are checked for that before use.
 static inline float half_to_float(uint32_t h) {

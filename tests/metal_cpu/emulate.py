@@ -13,7 +13,6 @@ import numpy as np
 from metal_cpu.capture import Launch, Trace, capture, trace
 from metal_cpu.kernel import Kernel, Options
 from metal_cpu.report import Report
-from metal_cpu.source import parameters
 
 
 def emulate(
@@ -73,7 +72,9 @@ def value_of(values: dict[str, Any], traced: Trace, name: str) -> Any:
     """The array of that name in the trace."""
     if name not in values:
         operation = traced.operations.get(name, "an operation")
-        raise ValueError(f"[emulate] kernels should be fed by arguments and kernels only, but {operation} is in between")
+        raise ValueError(
+            f"[emulate] kernels should be fed by arguments and kernels only, but {operation} is in between"
+        )
     return values[name]
 
 

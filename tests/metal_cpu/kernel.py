@@ -96,7 +96,9 @@ class Kernel:
             self.problems = static_problems(launch, prelude, forbidden)
             return
         self.parameters = [p for p in parameters(launch) if p.attribute == "buffer"]
-        self.library_path, self.llvm_path = toolchain.compile_kernel("".join(translate(launch, prelude, forbidden)), mode)
+        self.library_path, self.llvm_path = toolchain.compile_kernel(
+            "".join(translate(launch, prelude, forbidden)), mode
+        )
         self.library = ctypes.CDLL(str(self.library_path))
         self.runtime = ctypes.CDLL(str(toolchain.runtime_library()))
         self.runtime.mtl_launch.restype = ctypes.c_char_p
@@ -126,7 +128,9 @@ class Kernel:
         self.read_report(raw, report)
         return report
 
-    def bind(self, buffers: dict[str, np.ndarray], outputs: tuple[str, ...], initialised: bool, options: Options) -> Any:
+    def bind(
+        self, buffers: dict[str, np.ndarray], outputs: tuple[str, ...], initialised: bool, options: Options
+    ) -> Any:
         """The C array of buffers, in the order of their indices."""
         arguments = (BufferArgument * len(self.parameters))()
         for p in self.parameters:
@@ -134,7 +138,9 @@ class Kernel:
                 raise ValueError(f"[{self.launch.name}] should get a buffer {p.name}, received {', '.join(buffers)}")
             array, output = buffers[p.name], p.name in outputs
             if not array.flags.c_contiguous:
-                raise ValueError(f"[{self.launch.name}] {p.name} should be contiguous, received strides {array.strides}")
+                raise ValueError(
+                    f"[{self.launch.name}] {p.name} should be contiguous, received strides {array.strides}"
+                )
             in_place = not output and array.nbytes >= IN_PLACE_BYTES
             skew = array.itemsize if options.skew and not output and array.nbytes else 0
             argument = BufferArgument(
@@ -163,7 +169,9 @@ class Kernel:
         c_counts = LaunchCounts()
         raw = self.runtime.mtl_launch(arguments, len(arguments), ctypes.byref(c_options), ctypes.byref(c_counts))
         if raw is None:
-            raise MemoryError(f"[{self.launch.name}] the address space for {len(arguments)} buffers could not be reserved")
+            raise MemoryError(
+                f"[{self.launch.name}] the address space for {len(arguments)} buffers could not be reserved"
+            )
         return raw.decode(), Counter({name: getattr(c_counts, name) for name in COUNTS if name != "reports"})
 
     def read_report(self, raw: str, report: Report) -> None:
@@ -185,7 +193,14 @@ def kernel_lines(library: Path, offsets: list[int]) -> dict[int, int]:
     wanted = sorted({offset for offset in offsets if offset >= 0})
     if not wanted:
         return {}
-    command = [str(toolchain.tool("llvm-symbolizer")), "--inlines", "--no-demangle", "-e", str(library), *map(hex, wanted)]
+    command = [
+        str(toolchain.tool("llvm-symbolizer")),
+        "--inlines",
+        "--no-demangle",
+        "-e",
+        str(library),
+        *map(hex, wanted),
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = {}
     for offset, frames in zip(wanted, answer.strip().split("\n\n"), strict=True):

@@ -11,7 +11,7 @@ The prices are those measured on M1 and M2 by others (metal-benchmarks by P. Tur
 
 Free: bit casts, widening and narrowing of integers, half -> float (operands of mixed width), constant address offsets, phis,
 unconditional branches, and what the hardware folds: a float multiply into the only add that uses it, a low mask into the constant
-shift before it, a comparison into the select or branch after it. Vector instructions count once per component.
+shift or extract before it, a comparison into the select or branch after it, the upper half of a word. Vector instructions count once per component.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Instruction:
 def parse_instruction(line: str) -> Instruction | None:
     """The instruction on a line of LLVM text; None for labels, stores, debug records and the like."""
     found = re.match(r"\s+(?:(%[\w.]+) = )?(?:tail |musttail |notail )?(\w+) (.*)", line)
-    return Instruction(found.group(1) or "", found.group(2), re.sub(r", !\w+ !\d+", "", found.group(3))) if found else None
+    return (
+        Instruction(found.group(1) or "", found.group(2), re.sub(r", !\w+ !\d+", "", found.group(3))) if found else None
+    )
 
 
 def functions(text: str) -> Iterator[list[list[Instruction]]]:
@@ -99,7 +101,9 @@ def price(i: Instruction, users: dict[str, list[Instruction]], made_by: dict[str
     if i.operation == "and" and (mask := re.search(r", (\d+)$", i.text)):
         source = made_by.get((re.findall(r"%[\w.]+", i.text) or [""])[0])
         low = (int(mask.group(1)) + 1) & int(mask.group(1)) == 0
-        return 0 if low and source and source.operation == "lshr" else i.width * wide
+        return 0 if low and source and (source.operation == "lshr" or "@llvm.fsh" in source.text) else i.width * wide
+    if i.operation == "lshr" and i.text.endswith(", 16") and i.bits == 32 and only_use(i, users, ("trunc",)):
+        return 0
     if i.operation in SHIFTS:
         return (4 if re.search(r", (\d+|<.*>|splat.*)$", i.text) else 8) * i.width * wide
     if i.operation == "mul":
@@ -165,11 +169,14 @@ def read_blocks(text: str) -> dict[int, Counter[str]]:
     return found
 
 
-def prices(block: list[Instruction], users: dict[str, list[Instruction]], made_by: dict[str, Instruction]) -> Counter[str]:
+def prices(
+    block: list[Instruction], users: dict[str, list[Instruction]], made_by: dict[str, Instruction]
+) -> Counter[str]:
     """Slots of a block by operation."""
     slots: Counter[str] = Counter()
     for i in block:
-        slots[i.operation] += price(i, users, made_by)
+        called = re.search(r"@llvm\.(\w+)|@(\w+)\(", i.text) if i.operation == "call" else None
+        slots[called.group(1) or called.group(2) if called else i.operation] += price(i, users, made_by)
     return slots
 
 

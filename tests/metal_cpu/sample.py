@@ -68,7 +68,9 @@ def make(source: str = SOURCE, header: str = HEADER, grid_rows: int = ROWS, dtyp
     return launch
 
 
-def inputs(rows: int = ROWS, columns: int = COLUMNS, dtype: mx.Dtype = mx.float16) -> tuple[mx.array, mx.array, mx.array]:
+def inputs(
+    rows: int = ROWS, columns: int = COLUMNS, dtype: mx.Dtype = mx.float16
+) -> tuple[mx.array, mx.array, mx.array]:
     """Random codes, scales and activations."""
     rng = np.random.default_rng(0)
     w = rng.integers(0, 2**32, (rows, columns // 16), np.uint32)
@@ -83,7 +85,9 @@ def reference(w: mx.array, scales: mx.array, x: mx.array) -> np.ndarray:
     return weights @ np.array(x.astype(mx.float32), np.float64)
 
 
-def check(source: str = SOURCE, header: str = HEADER, mode: str = "check", **options: Any) -> tuple[np.ndarray, metal_cpu.Report]:
+def check(
+    source: str = SOURCE, header: str = HEADER, mode: str = "check", **options: Any
+) -> tuple[np.ndarray, metal_cpu.Report]:
     """Emulate the kernel with this text on the inputs."""
     grid_rows = options.pop("grid_rows", ROWS)
     columns = options.pop("columns", COLUMNS)

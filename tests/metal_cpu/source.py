@@ -57,7 +57,9 @@ extern "C" MTL_HIDDEN void mtl_entry(void** buffers, const MtlThread* t) {{
 }}
 """
 
-THREADGROUP_DECLARATION = re.compile(r"(?m)((?:^|(?<=[;{}]))[ \t]*)threadgroup\s+(?!_)((?:[^;{}()]|\([^;{}()]*\))*);")
+THREADGROUP_DECLARATION = re.compile(
+    r"(?m)((?:^|(?<=[;{}]))[ \t]*)threadgroup\s+(?!_)((?:[^;{}()]|\([^;{}()]*\)|=\s*\{[^;{}]*\})*);"
+)
 INSTANTIATION = re.compile(r"\btemplate \[\[host_name\([^)]*\)\]\] \[\[kernel\]\] decltype")
 
 
@@ -106,7 +108,9 @@ def declare_arrays(match: re.Match[str]) -> str:
     if re.search(r"[*&(]", re.split(r"[\[=,;]", body)[0]):
         return match.group(0)
     if "=" in body:
-        raise LanguageError(f"a threadgroup variable should have no initialiser, but received: threadgroup {body.strip()}")
+        raise LanguageError(
+            f"a threadgroup variable should have no initialiser, but received: threadgroup {body.strip()}"
+        )
     first, *others = re.split(r",(?![^<\[]*[>\]])", body)
     head = re.fullmatch(r"\s*(.*?)(\w+)\s*((?:\[.*\])*)\s*", first, re.S)
     assert head, body
@@ -121,7 +125,8 @@ def rewrite(source: str) -> str:
     """The C++ twin of a Metal text."""
     text = INSTANTIATION.sub("template decltype", strip_comments(source))
     text = THREADGROUP_DECLARATION.sub(declare_arrays, text)
-    text = re.sub(r"#include\s*<metal_\w+>", "", text)
+    text = re.sub(r"#include\s*<metal_\w+>", "", text)  # metal_cpu.h has them all
+    text = re.sub(r"\[\[\s*threadgroup\s*\(\d+\)\s*\]\]", "", text)  # spaces.h makes the word a macro
     return f'#define MTL_TYPE(...) __VA_ARGS__\n#line 1 "{FILE}"\n{text}'
 
 

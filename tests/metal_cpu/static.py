@@ -7,11 +7,15 @@ import re
 from collections import defaultdict
 
 from metal_cpu import toolchain
-from metal_cpu.capture import SIGNATURE, Launch
-from metal_cpu.source import FILE, FORBIDDEN, PRELUDE, LanguageError, strip_comments, translate
+from metal_cpu.capture import Launch
+from metal_cpu.lint import lint
+from metal_cpu.source import FILE, FORBIDDEN, PRELUDE, LanguageError, translate
 
 # Warnings of clang about conversions that Metal's compiler refuses or reads in another way.
-REFUSED_WARNINGS = re.compile(r"implicit conversion .*(bfloat|__bf16)|implicit conversion .*to 'double'|double-promotion")
+REFUSED_WARNINGS = re.compile(
+    r"implicit conversion .*(?:bfloat|__bf16)|-Wdouble-promotion|-Wvla|-Wuninitialized|-Wsometimes-uninitialized|variable length array"
+)
+SPACES = re.compile(r"address.space|'[^']*\b(?:device|threadgroup|constant)\b")
 DIAGNOSTIC = re.compile(rf"(?:{re.escape(FILE)}:(\d+):\d+|\S+:\d+:\d+): (?:fatal )?(error|warning): (.*)")
 
 
@@ -26,7 +30,7 @@ def static_problems(launch: Launch, prelude: str = PRELUDE, forbidden: str = FOR
     source.write_text(text)
     try:
         found = compile_problems(toolchain.clang(toolchain.MODES["as"], source).stderr, lines)
-        found += misplaced_arrays(launch)
+        found += [f"LANGUAGE {code(lines, number)} {message}" for number, message in lint(launch)]
         if not found:
             llvm = ["-DMTL_ADDRESS_SPACES", "-O0", "-g1", "-S", "-emit-llvm", "-o", "-"]
             ir = toolchain.clang(llvm, source).stdout
@@ -38,7 +42,9 @@ def static_problems(launch: Launch, prelude: str = PRELUDE, forbidden: str = FOR
 
 def code(lines: list[str], number: int) -> str:
     """``kernel.metal:N `text``` of a line, or nothing for the emulator's own lines."""
-    return f"{FILE}:{number} `{lines[number - 1].strip()}`" if 0 < number <= len(lines) else "(not in the kernel's text)"
+    return (
+        f"{FILE}:{number} `{lines[number - 1].strip()}`" if 0 < number <= len(lines) else "(not in the kernel's text)"
+    )
 
 
 def compile_problems(messages: str, lines: list[str]) -> list[str]:
@@ -47,21 +53,8 @@ def compile_problems(messages: str, lines: list[str]) -> list[str]:
     for number, severity, text in DIAGNOSTIC.findall(messages):
         if severity == "warning" and not REFUSED_WARNINGS.search(text):
             continue
-        kind = "ADDRESS-SPACE" if "address space" in text or "__attribute__((address_space" in text else "COMPILE"
+        kind = "ADDRESS-SPACE" if SPACES.search(text) else "COMPILE"
         found.append(f"{kind} {code(lines, int(number or 0))} {text}")
-    return found
-
-
-def misplaced_arrays(launch: Launch) -> list[str]:
-    """Threadgroup arrays declared outside the kernel function: Metal allows them in kernels only."""
-    text = strip_comments(launch.source)
-    start = re.search(SIGNATURE % re.escape(launch.name), text)
-    found = []
-    for match in re.finditer(r"(?m)(?:^|[;{}])[ \t]*threadgroup\s+[^;{}()*&]*?\w+\s*(?:\[[^;{}]*\])?\s*;", text):
-        if start and match.end() < start.start():
-            number = text.count("\n", 0, match.end()) + 1
-            line = code(launch.source.split("\n"), number)
-            found.append(f"LANGUAGE {line} threadgroup variables may be declared in the kernel function only")
     return found
 
 

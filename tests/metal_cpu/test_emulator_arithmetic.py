@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from metal_cpu import emulate, required
 
 pytestmark = required
@@ -33,7 +34,8 @@ def launch(x: mx.array, z: mx.array, w: mx.array) -> mx.array:
 def test_rounding_is_that_of_mlx(dtype):
     rng = np.random.default_rng(5)
     a, b, c = (
-        mx.array((rng.normal(size=COUNT) * 10.0 ** rng.uniform(-3, 3, COUNT)).astype(np.float32)).astype(dtype) for _ in range(3)
+        mx.array((rng.normal(size=COUNT) * 10.0 ** rng.uniform(-3, 3, COUNT)).astype(np.float32)).astype(dtype)
+        for _ in range(3)
     )
     y, report = emulate(launch, a, b, c)
     assert not report.problems, report

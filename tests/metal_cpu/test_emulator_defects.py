@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from metal_cpu import required, sample
 from metal_cpu.sample import edited
 
@@ -101,13 +102,16 @@ def test_problem_line_names_buffer_offset_and_thread():
 def test_partial_simdgroup_counts_as_present():
     """Lanes that do not exist at the grid's edge are not missing from a simd operation."""
     import mlx.core as mx
+
     from metal_cpu import emulate
 
     source = "uint i = thread_position_in_grid.x; y[i] = simd_sum(1u) + 100u * threads_per_threadgroup.x;"
     kernel = mx.fast.metal_kernel(name="tail", input_names=["x"], output_names=["y"], source=source)
 
     def launch(x):
-        return kernel(inputs=[x], grid=(70, 1, 1), threadgroup=(64, 1, 1), output_shapes=[(70,)], output_dtypes=[mx.uint32])[0]
+        return kernel(
+            inputs=[x], grid=(70, 1, 1), threadgroup=(64, 1, 1), output_shapes=[(70,)], output_dtypes=[mx.uint32]
+        )[0]
 
     y, report = emulate(launch, mx.zeros((70,)), mode="check")
     assert not report.problems, report

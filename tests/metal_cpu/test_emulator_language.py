@@ -1,12 +1,17 @@
 """Mode ``as``: what Metal's compiler refuses must be refused, what it takes must be taken."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
-from metal_cpu import emulate, required, sample
+
+from metal_cpu import Launch, emulate, required, sample
+from metal_cpu.lint import lint
 from metal_cpu.sample import edited
 
 pytestmark = required
 
+MLX_KERNELS = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"
 ACC = "float acc = 0.0f;"
 
 
@@ -28,6 +33,11 @@ ACCEPTED = {
         "header": sample.HEADER + "template <typename P> inline float first(P p) { return float(p[0]); }\n",
         "source": edited(ACC, "float acc = 0.0f * first(x) + 0.0f * first(w_shape);"),
     },
+    "constants with their space": {
+        "header": sample.HEADER + "constant constexpr uint two = 2;\nstruct Size { static constant constexpr uint n = 4; };\n",
+        "source": edited(ACC, "constexpr uint three = 3; float acc = 0.0f * float(two * three & Size::n);"),
+    },
+    "products and masks are not pointers": after(" uint a = rows, b = words; acc += 0.0f * float(a * b + (a & b) + uint(a) * b);"),
     "constant table": {
         "header": sample.HEADER + "constant float table[4] = {0.0f, 1.0f, 2.0f, 3.0f};\n",
         "source": edited(ACC, "float acc = 0.0f * table[lane & 3];"),
@@ -64,6 +74,19 @@ REFUSED = {
     "half becomes bfloat": ("COMPILE", after(" half h = 1.0h; bfloat b = h; acc += float(b);")),
     "misspelt position": ("COMPILE", {"source": edited("thread_index_in_simdgroup", "thread_index_in_simd_group")}),
     "unknown simd operation": ("COMPILE", {"source": edited("acc = simd_sum(acc);", "acc = simd_median(acc);")}),
+    "pointer to a local without a space": ("LANGUAGE", after(" float* p = &acc; p[0] += 1.0f;")),
+    "reference parameter without a space": ("LANGUAGE", in_header("template <typename T> inline void f(T& a, const uint b) { a += b; }\n")),
+    "struct reference without a space": ("LANGUAGE", in_header("struct Pair { uint a; };\ninline uint f(const Pair& p) { return p.a; }\n")),
+    "cast to a pointer without a space": ("LANGUAGE", after(" acc += *(float*)&acc;")),
+    "global that is not constant": ("LANGUAGE", in_header("constexpr float half_pi = 1.5f;\n")),
+    "static member that is not constant": ("LANGUAGE", in_header("struct Size { static constexpr uint n = 4; };\n")),
+    "static local": ("LANGUAGE", after(" static uint count = 0; acc += count;")),
+    "lambda": ("LANGUAGE", after(" auto f = [&](float z) { return z + acc; }; acc += f(0.0f);")),
+    "array of variable length": ("COMPILE", after(" float v[rows]; acc += v[0];")),
+    "variable that is never set": ("COMPILE", after(" float never; acc += never;")),
+    "unsuffixed literal computes in double": ("COMPILE", after(" acc = acc * 0.3;")),
+    "transcendental of an integer": ("COMPILE", after(" acc += float(exp(rows));")),
+    "min of two types": ("COMPILE", after(" acc += float(min(rows, 3));")),
     "too many vector components": ("COMPILE", after(" float2 v = float2(acc, acc, acc); acc += v.x;")),
 }  # fmt: skip
 
@@ -79,6 +102,20 @@ def test_what_is_not_metal_is_refused(name):
     kind, text = REFUSED[name]
     _, report = sample.check(mode="as", **text)
     assert report.kinds[kind], report
+
+
+def test_mlx_own_kernels_break_no_rule_that_is_read_from_the_text():
+    """They are compiled for every Mac. The nax kernels are left out: they are Metal 4, which has lambdas."""
+    headers = sorted(f for f in MLX_KERNELS.rglob("*.h") if "nax" not in f.name)
+    if not headers:
+        pytest.skip("this mlx wheel has no kernel headers")
+    found = [
+        f"{file.name}:{number} {message}"
+        for file in headers
+        for number, message in lint(Launch("", file.read_text() + "\nvoid ();", (1, 1, 1), (1, 1, 1), (), ()))
+        if "in the kernel function" not in message  # these files hold many kernels
+    ]
+    assert not found
 
 
 def test_an_input_of_fewer_than_8_elements_is_constant():

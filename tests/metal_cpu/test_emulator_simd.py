@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from metal_cpu import emulate, required
 
 pytestmark = required
@@ -57,7 +58,9 @@ def launch(x: mx.array) -> mx.array:
     source = "uint lane = thread_index_in_simdgroup, i = thread_position_in_grid.x; uint v = x[i];\n" + "\n".join(lines)
     kernel = mx.fast.metal_kernel(name="operations", input_names=["x"], output_names=["o"], source=source)
     shape = (THREADS, len(EXPRESSIONS))
-    return kernel(inputs=[x], grid=(THREADS, 1, 1), threadgroup=(THREADS, 1, 1), output_shapes=[shape], output_dtypes=[mx.uint32])[0]
+    return kernel(
+        inputs=[x], grid=(THREADS, 1, 1), threadgroup=(THREADS, 1, 1), output_shapes=[shape], output_dtypes=[mx.uint32]
+    )[0]
 
 
 @pytest.mark.parametrize("mode", ["run", "check"])

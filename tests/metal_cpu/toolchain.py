@@ -26,10 +26,12 @@ LANGUAGE = """-x c++ -std=c++17 -march=x86-64-v3 -fno-exceptions -fno-rtti -fno-
 EVERY_ACCESS = """-fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0
     -mllvm -tsan-instrument-read-before-write=1""".split()
 MODES = {
-    "as": "-ffp-contract=off -fsyntax-only -DMTL_ADDRESS_SPACES -Wimplicit-float-conversion -Wdouble-promotion".split(),
-    "run": "-ffp-contract=off -O2 -g1".split(),
+    "as": """-ffp-contract=off -fsyntax-only -DMTL_ADDRESS_SPACES
+        -Wimplicit-float-conversion -Wdouble-promotion -Wvla -Wuninitialized -Wsometimes-uninitialized""".split(),
+    "run": "-ffp-contract=off -O2 -g1 -ftrivial-auto-var-init=pattern".split(),
     "check": [
-        *"-ffp-contract=off -O1 -g1 -fsanitize=undefined,float-cast-overflow -fno-sanitize=vptr,function".split(),
+        *"-ffp-contract=off -O1 -g1 -ftrivial-auto-var-init=pattern".split(),
+        *"-fsanitize=undefined,float-cast-overflow -fno-sanitize=vptr,function".split(),
         *EVERY_ACCESS,
     ],
     "profile": [*"-ffp-contract=fast -O2 -g1 -fsanitize-coverage=bb,no-prune,trace-pc-guard".split(), *EVERY_ACCESS],
@@ -121,7 +123,14 @@ def compile_kernel(text: str, mode: str) -> tuple[Path, Path]:
     flags = [*MODES[mode], "-fPIC", "-fuse-ld=lld"]
     if mode == "profile":
         clang([*flags, "-S", "-emit-llvm", "-o", str(made[llvm])], made[source])
-    link = ["-shared", f"-Wl,-Bsymbolic,{runtime_library()}", "-fno-sanitize-link-runtime", "-lm", "-o", str(made[library])]
+    link = [
+        "-shared",
+        f"-Wl,-Bsymbolic,{runtime_library()}",
+        "-fno-sanitize-link-runtime",
+        "-lm",
+        "-o",
+        str(made[library]),
+    ]
     result = clang([*flags, *link], made[source])
     if result.returncode:
         made[source].unlink()

@@ -1,8 +1,8 @@
 """The best scale of the trellis codes for Gaussian weights, and the error that they leave.
 
-GAUSSIAN[(L, rate)] = (scale, error): for x of unit variance, code values times scale approximate x when the encoder gets
-x / scale; error is the mean squared error then (the power of the error relative to x). Found by a search over the scale
-on Gaussian tiles; `pytest tests/test_native.py -k gaussian` measures both again.
+GAUSSIAN[(L, rate)] = (scale, error): for x of unit variance, code values times scale approximate x when the encoder
+gets x / scale; error is the mean squared error then (the power of the error relative to x). Found by a search over the
+scale on Gaussian tiles; `pytest tests/test_native_encoder.py -k gaussian` measures both again.
 """
 
 GAUSSIAN: dict[tuple[int, int], tuple[float, float]] = {

@@ -13,14 +13,13 @@ extern "C" threadgroup char* mtl_some_threadgroup_memory();
 #define device
 #define constant const
 #define threadgroup
-#define MTL_THREADGROUP_ARRAY(T, name, extents)       \
+#define MTL_THREADGROUP_ARRAY(T, name, extents)           \
   typedef std::remove_const_t<T> name##_mtl_type extents; \
   name##_mtl_type& name = *(name##_mtl_type*)mtl_threadgroup_array(#name, __COUNTER__, sizeof(name##_mtl_type));
 #endif
 #define thread
 #define kernel
 #define METAL_FUNC inline __attribute__((always_inline))
-#define METAL_CONST static constexpr
 #define __METAL__ 1
 #define __METAL_VERSION__ 320
 

@@ -20,9 +20,12 @@ static bool in_runtime(uintptr_t pc) { return pc >= machine.runtime_begin && pc 
 // Where an interrupted lane continues; it never returns.
 static void lane_faulted() {
   uintptr_t stack = (uintptr_t)machine.current->stack;
-  if (fault_address - stack < 4096) problem(fault_pc, "STACK", "thread stack of %zu B overflowed", kStackBytes - 4096);
-  else if (fault_signal == SIGFPE) problem(fault_pc, "FAULT", "integer division by zero or overflow");
-  else problem(fault_pc, "FAULT", "access to unmapped memory at %p", (void*)fault_address);
+  if (fault_address - stack < 4096)
+    problem(fault_pc, "STACK", "thread stack of %zu B overflowed", kStackBytes - 4096);
+  else if (fault_signal == SIGFPE)
+    problem(fault_pc, "FAULT", "integer division by zero or overflow");
+  else
+    problem(fault_pc, "FAULT", "access to unmapped memory at %p", (void*)fault_address);
   lane_kill();
 }
 

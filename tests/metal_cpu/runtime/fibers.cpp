@@ -1,4 +1,5 @@
-// One fiber per GPU thread. A waiting lane switches straight to the next ready lane of its simdgroup, the last one to the scheduler.
+// One fiber per GPU thread. A waiting lane switches straight to the next ready lane of its simdgroup, the last one to
+// the scheduler.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -36,7 +37,8 @@ void fibers_prepare() {
   if (machine.lanes) return;
   machine.lanes = new Lane[kMaxThreads]();
   size_t bytes = kStackBytes * kMaxThreads;
-  machine.stacks = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  machine.stacks =
+      (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (machine.stacks == MAP_FAILED) abort();
   for (int i = 0; i < kMaxThreads; i++) {
     machine.lanes[i].stack = machine.stacks + i * kStackBytes;
@@ -71,7 +73,8 @@ static void lane_main() {
 }
 
 void lane_start(Lane* lane) {
-  void** top = (void**)(lane->stack + kStackBytes - 64);  // 16-byte aligned after `ret` took the address, as the ABI asks
+  void** top =
+      (void**)(lane->stack + kStackBytes - 64);  // 16-byte aligned after `ret` took the address, as the ABI asks
   *--top = nullptr;
   *--top = (void*)lane_main;
   for (int i = 0; i < 6; i++) *--top = nullptr;

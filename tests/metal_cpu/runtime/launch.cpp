@@ -1,4 +1,5 @@
-// One dispatch, as Metal's dispatchThreads does it: threadgroups of min(group, grid) threads, smaller ones at the grid's edges.
+// One dispatch, as Metal's dispatchThreads does it: threadgroups of min(group, grid) threads, smaller ones at the
+// grid's edges.
 #include <link.h>
 
 #include <algorithm>
@@ -101,12 +102,14 @@ static void run_groups() {
   size_t missing;
   for (const Buffer& buffer : machine.buffers)
     if (whole && is_output_incomplete(buffer, missing))
-      problem(0, "UNWRITTEN", "output '%s': %zu of %zu B were never written", buffer.name.c_str(), missing, buffer.bytes);
+      problem(0, "UNWRITTEN", "output '%s': %zu of %zu B were never written", buffer.name.c_str(), missing,
+              buffer.bytes);
 }
 
-// Runs the launch; outputs are copied back to their hosts. Returns the report, which lives until the next launch, or null when
-// the address space for the buffers could not be had.
-extern "C" const char* mtl_launch(const BufferArgument* arguments, int count, const LaunchOptions* options, LaunchCounts* counts) {
+// Runs the launch; outputs are copied back to their hosts. Returns the report, which lives until the next launch, or
+// null when the address space for the buffers could not be had.
+extern "C" const char* mtl_launch(const BufferArgument* arguments, int count, const LaunchOptions* options,
+                                  LaunchCounts* counts) {
   begin_launch(*options);
   std::vector<void*> pointers;
   if (!memory_map(arguments, count, pointers)) {

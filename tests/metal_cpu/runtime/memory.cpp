@@ -1,5 +1,6 @@
 // Where buffers and threadgroup arrays lie, and whether an access is inside one of them.
-// A copied buffer sits in its own 16 GiB of address space and ends at an unmapped page: 32-bit index errors cannot reach the next.
+// A copied buffer sits in its own 16 GiB of address space and ends at an unmapped page: 32-bit index errors cannot
+// reach the next.
 #include <string.h>
 #include <sys/mman.h>
 
@@ -11,15 +12,18 @@ static const size_t kPage = 4096, kAlign = 256;
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-template <class T> static T* map_shadow(size_t count) {
-  void* p = mmap(nullptr, count * sizeof(T) + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+template <class T>
+static T* map_shadow(size_t count) {
+  void* p =
+      mmap(nullptr, count * sizeof(T) + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return p == MAP_FAILED ? nullptr : (T*)p;
 }
 
 static bool reserve_slots(int count) {
   for (machine.slot_shift = 34; machine.slot_shift >= 28; machine.slot_shift -= 2) {
     machine.reserve_bytes = (size_t)(count + 1) << machine.slot_shift;
-    machine.reserve = (char*)mmap(nullptr, machine.reserve_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    machine.reserve =
+        (char*)mmap(nullptr, machine.reserve_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (machine.reserve != MAP_FAILED) return true;
   }
   machine.reserve = nullptr;
@@ -29,7 +33,8 @@ static bool reserve_slots(int count) {
 // The copy of a buffer in the middle of its slot; what is left of its pages is poison.
 static char* place_copy(int slot, const BufferArgument& argument) {
   size_t slack = machine.options.check ? 64 : 0;  // a small overrun is reported there, and the lane goes on
-  size_t padded = round_up(argument.bytes + argument.skew + slack, kAlign), pages = round_up(std::max(padded, kAlign), kPage);
+  size_t padded = round_up(argument.bytes + argument.skew + slack, kAlign),
+         pages = round_up(std::max(padded, kAlign), kPage);
   size_t slot_bytes = (size_t)1 << machine.slot_shift;
   if (pages + 2 * kPage > slot_bytes) return nullptr;
   char* first = machine.reserve + slot * slot_bytes + round_up((slot_bytes - pages) / 2, kPage);
@@ -53,7 +58,6 @@ bool memory_map(const BufferArgument* arguments, int count, std::vector<void*>& 
       if (!buffer.history || !buffer.written) return false;
       if (a.initialised) memset(buffer.written, 1, a.bytes);
     }
-    if (machine.options.profile && !(buffer.read_map = map_shadow<uint8_t>(a.bytes / 8 + 1))) return false;
     machine.buffers.push_back(buffer);
     pointers.push_back(buffer.begin);
   }
@@ -62,14 +66,14 @@ bool memory_map(const BufferArgument* arguments, int count, std::vector<void*>& 
 
 void memory_return(const BufferArgument* arguments, int count) {
   for (int i = 0; i < count; i++)
-    if (arguments[i].writable && !arguments[i].in_place) memcpy(arguments[i].host, machine.buffers[i].begin, arguments[i].bytes);
+    if (arguments[i].writable && !arguments[i].in_place)
+      memcpy(arguments[i].host, machine.buffers[i].begin, arguments[i].bytes);
 }
 
 void memory_unmap() {
   for (Buffer& buffer : machine.buffers) {
     if (buffer.history) munmap(buffer.history, buffer.bytes * sizeof(Access) + 1);
     if (buffer.written) munmap(buffer.written, buffer.bytes + 1);
-    if (buffer.read_map) munmap(buffer.read_map, buffer.bytes / 8 + 2);
   }
   machine.buffers.clear();
   if (machine.reserve) munmap(machine.reserve, machine.reserve_bytes);
@@ -108,7 +112,8 @@ extern "C" void* mtl_threadgroup_array(const char* name, uint32_t id, uint64_t b
   machine.arena_payload += round_up(bytes, 16);
   machine.counts.threadgroup_bytes = std::max<uint64_t>(machine.counts.threadgroup_bytes, machine.arena_payload);
   if (machine.arena_payload > kThreadgroupLimit)
-    problem(CALLER, "TG-MEMORY", "%zu B of threadgroup memory with '%s', the limit is %zu", machine.arena_payload, name, kThreadgroupLimit);
+    problem(CALLER, "TG-MEMORY", "%zu B of threadgroup memory with '%s', the limit is %zu", machine.arena_payload, name,
+            kThreadgroupLimit);
   if (offset + bytes + kRedZone > kArenaBytes) lane_kill();
   machine.arrays.push_back({id, name, offset, bytes});
   machine.arena_used = offset + bytes + kRedZone;
@@ -136,11 +141,13 @@ static void access_buffer(int index, uintptr_t address, size_t bytes, bool write
   Buffer& b = machine.buffers[index];
   size_t offset = address - (uintptr_t)b.begin;
   if (offset >= b.bytes || bytes > b.bytes - offset) {
-    problem(pc, "OOB", "%s of %zu B at byte offset %ld of buffer '%s' of %zu B", verb(write), bytes, (long)offset, b.name.c_str(), b.bytes);
+    problem(pc, "OOB", "%s of %zu B at byte offset %ld of buffer '%s' of %zu B", verb(write), bytes, (long)offset,
+            b.name.c_str(), b.bytes);
     if ((long)offset < -(long)kPage || (long)(offset - b.bytes) >= (long)kAlign) lane_kill();  // unmapped, or nearly
     return;
   }
-  if (write && !b.writable) problem(pc, "CONST-WRITE", "write to input '%s' at byte offset %zu", b.name.c_str(), offset);
+  if (write && !b.writable)
+    problem(pc, "CONST-WRITE", "write to input '%s' at byte offset %zu", b.name.c_str(), offset);
   if (machine.options.profile) profile_access(address, bytes, write, index, pc);
   if (!b.history) return;
   if (!atomic)
@@ -159,7 +166,8 @@ static void access_arena(uintptr_t address, size_t bytes, bool write, uintptr_t 
     if (offset + kRedZone / 2 >= a.offset) array = &a;
   if (!array || offset < array->offset || offset + bytes > array->offset + array->bytes) {
     problem(pc, "OOB", "%s of %zu B at byte offset %ld of threadgroup '%s' of %zu B", verb(write), bytes,
-            array ? (long)offset - (long)array->offset : -1L, array ? array->name.c_str() : "?", array ? array->bytes : 0);
+            array ? (long)offset - (long)array->offset : -1L, array ? array->name.c_str() : "?",
+            array ? array->bytes : 0);
     return;
   }
   if (machine.options.profile) profile_access(address, bytes, write, -1, pc);

@@ -1,5 +1,5 @@
-// Counts for mode "profile". The n-th execution of a load or store by each lane of a simdgroup, between two exchanges, is taken as
-// one simdgroup instruction. A basic block is issued as often as the lane that runs it most.
+// Counts for mode "profile". The n-th execution of a load or store by each lane of a simdgroup, between two exchanges,
+// is taken as one simdgroup instruction. A basic block is issued as often as the lane that runs it most.
 #include <algorithm>
 #include <unordered_map>
 #include <utility>
@@ -28,7 +28,7 @@ struct Site {
 static std::unordered_map<uintptr_t, Site> sites;
 static std::vector<Site*> dirty;
 static uint64_t exchanges[MTL_OP_COUNT], exchange_words[MTL_OP_COUNT], exchange_lanes[MTL_OP_COUNT];
-static uint32_t block_count;  // of the largest kernel loaded so far
+static uint32_t block_count;            // of the largest kernel loaded so far
 static std::vector<uint32_t> executed;  // [thread][block]
 static std::vector<uint64_t> block_lanes, block_issues;
 
@@ -44,7 +44,11 @@ void profile_begin() {
 }
 
 static void mark_read(Buffer& buffer, size_t offset, size_t bytes) {
-  for (size_t i = offset; i < offset + bytes; i++) buffer.read_map[i / 8] |= 1 << (i % 8);
+  for (size_t end = offset + bytes; offset < end;) {
+    size_t within = offset % 64, count = std::min(64 - within, end - offset);
+    buffer.read_lines[offset / 64] |= (count == 64 ? ~0ull : (1ull << count) - 1) << within;
+    offset += count;
+  }
 }
 
 void profile_access(uintptr_t address, size_t bytes, bool write, int buffer, uintptr_t pc) {
@@ -66,18 +70,21 @@ void profile_access(uintptr_t address, size_t bytes, bool write, int buffer, uin
 
 // Bytes that the lanes of one instruction touch, each once.
 static uint64_t distinct_bytes(Instruction& instruction) {
-  std::sort(instruction.spans, instruction.spans + instruction.lanes, [](Span a, Span b) { return a.address < b.address; });
+  std::sort(instruction.spans, instruction.spans + instruction.lanes,
+            [](Span a, Span b) { return a.address < b.address; });
   uint64_t bytes = 0;
   uintptr_t end = 0;
   for (int i = 0; i < instruction.lanes; i++) {
-    uintptr_t first = std::max(instruction.spans[i].address, end), last = instruction.spans[i].address + instruction.spans[i].bytes;
+    uintptr_t first = std::max(instruction.spans[i].address, end),
+              last = instruction.spans[i].address + instruction.spans[i].bytes;
     if (last > first) bytes += last - first;
     end = std::max(end, last);
   }
   return bytes;
 }
 
-// Passes that 32 banks of 4 bytes need for the distinct words of one instruction (an assumption about Apple's hardware).
+// Passes that 32 banks of 4 bytes need for the distinct words of one instruction (an assumption about Apple's
+// hardware).
 static uint64_t bank_cycles(const Instruction& instruction) {
   std::vector<uintptr_t> words;
   for (int i = 0; i < instruction.lanes; i++) {
@@ -98,8 +105,10 @@ void profile_flush() {
       instruction.lanes = std::min(instruction.lanes, 32);
       site->instructions++;
       site->lanes += instruction.lanes;
-      if (site->buffer < 0) site->bank_cycles += bank_cycles(instruction);
-      else if (!site->write) machine.buffers[site->buffer].fetched += distinct_bytes(instruction);
+      if (site->buffer < 0)
+        site->bank_cycles += bank_cycles(instruction);
+      else if (!site->write)
+        machine.buffers[site->buffer].fetched += distinct_bytes(instruction);
       instruction.lanes = 0;
     }
     site->used = 0;
@@ -134,25 +143,22 @@ void profile_group_end() {
 }
 
 static void report_buffer(const Buffer& b) {
-  uint64_t bytes = 0, lines = 0;
-  for (size_t line = 0; line < b.bytes; line += 64) {
-    uint64_t before = bytes;
-    for (size_t i = line / 8; i <= (std::min(line + 64, b.bytes) - 1) / 8; i++) bytes += __builtin_popcount(b.read_map[i]);
-    lines += bytes != before;
-  }
-  report_line("BUFFER\t%s\t%lu\t%lu\t%lu\t%lu\t%lu\t%lu", b.name.c_str(), b.bytes, b.requested_read, b.fetched, bytes, lines * 64,
-              b.requested_written);
+  uint64_t bytes = 0;
+  for (const auto& [line, mask] : b.read_lines) bytes += __builtin_popcountll(mask);
+  report_line("BUFFER\t%s\t%lu\t%lu\t%lu\t%lu\t%lu\t%lu", b.name.c_str(), b.bytes, b.requested_read, b.fetched, bytes,
+              b.read_lines.size() * 64, b.requested_written);
 }
 
 void profile_end() {
   for (const Buffer& buffer : machine.buffers) report_buffer(buffer);
   for (auto& [key, site] : sites) {
     long offset = (long)(key / 2 - 1 - machine.image_begin);
-    report_line("SITE\t%ld\t%s\t%s\t%lu\t%lu\t%lu", offset, site.buffer < 0 ? "threadgroup" : "device", site.write ? "write" : "read",
-                site.instructions, site.lanes, site.bank_cycles);
+    report_line("SITE\t%ld\t%s\t%s\t%lu\t%lu\t%lu", offset, site.buffer < 0 ? "threadgroup" : "device",
+                site.write ? "write" : "read", site.instructions, site.lanes, site.bank_cycles);
   }
   for (uint32_t op = 0; op < MTL_OP_COUNT; op++)
-    if (exchanges[op]) report_line("SIMD\t%u\t%lu\t%lu\t%lu", op, exchanges[op], exchange_words[op], exchange_lanes[op]);
+    if (exchanges[op])
+      report_line("SIMD\t%u\t%lu\t%lu\t%lu", op, exchanges[op], exchange_words[op], exchange_lanes[op]);
   for (size_t block = 1; block < block_issues.size(); block++)
     if (block_issues[block]) report_line("BLOCK\t%zu\t%lu\t%lu", block, block_lanes[block], block_issues[block]);
 }

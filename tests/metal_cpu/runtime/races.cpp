@@ -1,9 +1,9 @@
-// Two accesses to a byte, one of them a write, race unless one thread made both or a barrier for this memory lies between:
-// a threadgroup_barrier within the threadgroup, a simdgroup_barrier within the simdgroup. Threadgroups are never ordered.
-// Lockstep of a simdgroup is not assumed.
+// Two accesses to a byte, one of them a write, race unless one thread made both or a barrier for this memory lies
+// between: a threadgroup_barrier within the threadgroup, a simdgroup_barrier within the simdgroup. Threadgroups are
+// never ordered. Lockstep of a simdgroup is not assumed.
 #include "runtime.h"
 
-static const int32_t kReadByMany = -1;   // readers in several simdgroups
+static const int32_t kReadByMany = -1;    // readers in several simdgroups
 static const uint32_t kManyGroups = ~0u;  // readers in several threadgroups
 // other negative readers: several lanes of simdgroup -reader - 2
 
@@ -35,9 +35,12 @@ static bool reads_are_ordered(const Here& here, const Access& a) {
 
 static void note_read(const Here& here, Access& a) {
   bool same_epoch = a.reader && a.read_epoch >= here.epoch;
-  if (!same_epoch || a.reader == here.thread) a.reader = here.thread;
-  else if (a.reader > 0) a.reader = simdgroup_of(a.reader) == here.simdgroup ? -2 - here.simdgroup : kReadByMany;
-  else if (-a.reader - 2 != here.simdgroup) a.reader = kReadByMany;
+  if (!same_epoch || a.reader == here.thread)
+    a.reader = here.thread;
+  else if (a.reader > 0)
+    a.reader = simdgroup_of(a.reader) == here.simdgroup ? -2 - here.simdgroup : kReadByMany;
+  else if (-a.reader - 2 != here.simdgroup)
+    a.reader = kReadByMany;
   a.read_epoch = here.epoch;
   a.read_simd_epoch = here.simd_epoch;
   uint32_t group = machine.group_index + 1;
@@ -53,11 +56,14 @@ void race_check(Access& a, bool write, bool device, uintptr_t pc, const char* na
   if (!device && a.write_epoch < machine.first_epoch) a.writer = 0;
   if (!device && a.read_epoch < machine.first_epoch) a.reader = 0;
   if (!is_ordered(here, a.writer, a.write_epoch, a.write_simd_epoch))
-    problem(pc, "RACE", "%s of '%s' at byte offset %zu races with a write by threadgroup %u thread %d (no barrier between)",
+    problem(pc, "RACE",
+            "%s of '%s' at byte offset %zu races with a write by threadgroup %u thread %d (no barrier between)",
             write ? "write" : "read", name, offset, group_of(a.writer), (a.writer - 1) % kMaxThreads);
   if (!write) return note_read(here, a);
   if (!reads_are_ordered(here, a))
-    problem(pc, "RACE", "write of '%s' at byte offset %zu races with an earlier read by another thread (no barrier between)", name, offset);
+    problem(pc, "RACE",
+            "write of '%s' at byte offset %zu races with an earlier read by another thread (no barrier between)", name,
+            offset);
   a.writer = here.thread;
   a.write_epoch = here.epoch;
   a.write_simd_epoch = here.simd_epoch;

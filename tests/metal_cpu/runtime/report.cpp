@@ -15,8 +15,8 @@ static std::string current_thread() {
   if (!lane) return "";
   const MtlThread& t = lane->thread;
   char text[160];
-  snprintf(text, sizeof text, "threadgroup (%u,%u,%u) thread %u simdgroup %u lane %u", t.group_position[0], t.group_position[1],
-           t.group_position[2], t.index_in_group, t.simdgroup, t.lane);
+  snprintf(text, sizeof text, "threadgroup (%u,%u,%u) thread %u simdgroup %u lane %u", t.group_position[0],
+           t.group_position[1], t.group_position[2], t.index_in_group, t.simdgroup, t.lane);
   return text;
 }
 
@@ -41,4 +41,6 @@ void report_line(const char* format, ...) {
 }
 
 extern "C" void mtl_undefined(const char* message) { problem(CALLER, "UB", "%s", message); }
-extern "C" void mtl_undefined_lane(const char* message) { problem(machine.current->pc, "SIMD-INACTIVE", "%s", message); }
+extern "C" void mtl_undefined_lane(const char* message) {
+  problem(machine.current->pc, "SIMD-INACTIVE", "%s", message);
+}

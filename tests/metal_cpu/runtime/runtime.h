@@ -1,10 +1,12 @@
-// State of the emulated GPU: one launch at a time, all threads as fibers of one OS thread, so nothing here needs a lock.
+// State of the emulated GPU: one launch at a time, all threads as fibers of one OS thread, so nothing here needs a
+// lock.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 #include <map>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -73,9 +75,9 @@ struct Buffer {
   char* begin;
   size_t bytes;
   bool writable, in_place;
-  Access* history = nullptr;     // one per byte, mapped but untouched until used; outputs in check mode
-  uint8_t* written = nullptr;    // one per byte; outputs in check mode
-  uint8_t* read_map = nullptr;   // one bit per byte that was read; profile mode
+  Access* history = nullptr;   // one per byte, mapped but untouched until used; outputs in check mode
+  uint8_t* written = nullptr;  // one per byte; outputs in check mode
+  std::unordered_map<uint64_t, uint64_t> read_lines;  // 64-byte line -> a bit per byte that was read; profile mode
   uint64_t requested_read = 0, requested_written = 0, fetched = 0;
 };
 

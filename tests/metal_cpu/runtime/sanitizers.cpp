@@ -1,5 +1,5 @@
-// What clang's -fsanitize=thread and -fsanitize=undefined call: every load and store, and every operation that is undefined in C++.
-// The sanitizers' own runtimes are not linked; these are our entry points under their names.
+// What clang's -fsanitize=thread and -fsanitize=undefined call: every load and store, and every operation that is
+// undefined in C++. The sanitizers' own runtimes are not linked; these are our entry points under their names.
 #include <string.h>
 
 #include "runtime.h"
@@ -7,20 +7,24 @@
 static uintptr_t at(const void* p) { return (uintptr_t)p; }
 
 extern "C" {
-#define MTL_ACCESS(bytes)                                                                                        \
-  void __tsan_read##bytes(void* p) { memory_access(at(p), bytes, false, CALLER); }                               \
-  void __tsan_write##bytes(void* p) { memory_access(at(p), bytes, true, CALLER); }                               \
-  void __tsan_unaligned_read##bytes(void* p) { memory_access(at(p), bytes, false, CALLER); }                     \
-  void __tsan_unaligned_write##bytes(void* p) { memory_access(at(p), bytes, true, CALLER); }                     \
-  void __tsan_read_write##bytes(void* p) {                                                                       \
-    memory_access(at(p), bytes, false, CALLER);                                                                  \
-    memory_access(at(p), bytes, true, CALLER);                                                                   \
-  }                                                                                                              \
-  void __tsan_unaligned_read_write##bytes(void* p) {                                                             \
-    memory_access(at(p), bytes, false, CALLER);                                                                  \
-    memory_access(at(p), bytes, true, CALLER);                                                                   \
+#define MTL_ACCESS(bytes)                                                                    \
+  void __tsan_read##bytes(void* p) { memory_access(at(p), bytes, false, CALLER); }           \
+  void __tsan_write##bytes(void* p) { memory_access(at(p), bytes, true, CALLER); }           \
+  void __tsan_unaligned_read##bytes(void* p) { memory_access(at(p), bytes, false, CALLER); } \
+  void __tsan_unaligned_write##bytes(void* p) { memory_access(at(p), bytes, true, CALLER); } \
+  void __tsan_read_write##bytes(void* p) {                                                   \
+    memory_access(at(p), bytes, false, CALLER);                                              \
+    memory_access(at(p), bytes, true, CALLER);                                               \
+  }                                                                                          \
+  void __tsan_unaligned_read_write##bytes(void* p) {                                         \
+    memory_access(at(p), bytes, false, CALLER);                                              \
+    memory_access(at(p), bytes, true, CALLER);                                               \
   }
-MTL_ACCESS(1) MTL_ACCESS(2) MTL_ACCESS(4) MTL_ACCESS(8) MTL_ACCESS(16)
+MTL_ACCESS(1)
+MTL_ACCESS(2)
+MTL_ACCESS(4)
+MTL_ACCESS(8)
+MTL_ACCESS(16)
 
 void __tsan_read_range(void* p, uint64_t bytes) { memory_access(at(p), bytes, false, CALLER); }
 void __tsan_write_range(void* p, uint64_t bytes) { memory_access(at(p), bytes, true, CALLER); }
@@ -77,8 +81,10 @@ struct TypeMismatch {
   unsigned char log_alignment, kind;
 };
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, void* pointer) {
-  if (!pointer) problem(CALLER, "OOB", "access through a null pointer");
-  else problem(CALLER, "MISALIGNED", "address %p is not a multiple of %d", pointer, 1 << data->log_alignment);
+  if (!pointer)
+    problem(CALLER, "OOB", "access through a null pointer");
+  else
+    problem(CALLER, "MISALIGNED", "address %p is not a multiple of %d", pointer, 1 << data->log_alignment);
 }
 void __ubsan_handle_builtin_unreachable(void*) {
   problem(CALLER, "UB", "unreachable code reached");

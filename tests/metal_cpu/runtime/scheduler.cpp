@@ -45,11 +45,12 @@ static uint32_t lanes_in_exchange(int simdgroup, uintptr_t pc) {
 
 static void report_divergence(int simdgroup, Lane* first, uint32_t lanes, uint32_t waiting) {
   const Simdgroup& group = machine.simdgroups[simdgroup];
-  const char* others = waiting != lanes            ? "others wait at another simd operation"
-                       : group.live != waiting     ? "others wait at a threadgroup_barrier"
-                                                   : "others have returned";
+  const char* others = waiting != lanes        ? "others wait at another simd operation"
+                       : group.live != waiting ? "others wait at a threadgroup_barrier"
+                                               : "others have returned";
   machine.current = first;
-  problem(first->pc, "SIMD-DIVERGENT", "simd operation reached by lanes %08x of %08x (%s)", lanes, group.present, others);
+  problem(first->pc, "SIMD-DIVERGENT", "simd operation reached by lanes %08x of %08x (%s)", lanes, group.present,
+          others);
   machine.current = nullptr;
 }
 
@@ -62,7 +63,8 @@ static void exchange(int simdgroup, uint32_t waiting) {
     if (lane->pc < first->pc) first = lane;
   }
   uint32_t lanes = lanes_in_exchange(simdgroup, first->pc);
-  if (lanes != group.present && machine.options.strict && !machine.lane_killed) report_divergence(simdgroup, first, lanes, waiting);
+  if (lanes != group.present && machine.options.strict && !machine.lane_killed)
+    report_divergence(simdgroup, first, lanes, waiting);
   machine.counts.simd_ops++;
   if (machine.options.profile) profile_exchange(first, lanes);
   group.turn ^= 1;
@@ -114,7 +116,8 @@ static bool release_barrier() {
   machine.current = first;
   if (mixed) problem(first->pc, "BARRIER-DIVERGENT", "threads wait at different threadgroup_barriers");
   if (waiting != machine.threads && !machine.lane_killed)
-    problem(first->pc, "BARRIER-DIVERGENT", "%d threads wait at threadgroup_barrier, %d have returned", waiting, machine.threads - waiting);
+    problem(first->pc, "BARRIER-DIVERGENT", "%d threads wait at threadgroup_barrier, %d have returned", waiting,
+            machine.threads - waiting);
   machine.current = nullptr;
   machine.counts.barriers++;
   if (flags & MTL_MEM_DEVICE) machine.device_epoch++;
