@@ -7,12 +7,15 @@
 //   bias    f32 [ids, rows], zeros where the record has none
 //
 // Grid: x = row tiles x SG x 32, y = ids. One threadgroup decodes 32 rows, its SG simdgroups take blocks of 64 columns in
-// turn. A lane decodes one row; 32 columns at a time pass through `staged` (SG x 32 x 33 of T) so that a simdgroup writes
-// one row's 32 columns at once. 33 entries a row keep lanes on different banks.
+// turn. A lane decodes one row; 32 columns at a time pass through `staged` (SG x 32 x 17 pairs of T), so that a simdgroup
+// writes 32 columns of two rows at once, 16 rows apart. With 17 pairs a row all lanes are on different banks both times.
 
 template <int RATE, int L, typename T>
-METAL_FUNC void store_block(const device uint* block, half4 gains, float row_gain, threadgroup T* staged,
+METAL_FUNC void store_block(const device uint* block, half4 gains, float row_gain, threadgroup vec<T, 2>* staged,
                             device T* w, uint columns, uint rows, ushort lane) {
+  typedef vec<T, 2> Pair;
+  threadgroup Pair* mine = staged + 17 * lane;
+  const uint part = lane / 16 * 16, pair = lane % 16;  // rows and columns that this lane writes
   uint words[8];
   load_planes<(RATE == 7 ? 8 : RATE)>(block, lane, words);
 #pragma clang loop unroll(full)
@@ -23,21 +26,30 @@ METAL_FUNC void store_block(const device uint* block, half4 gains, float row_gai
       tile_bits<(RATE == 7 ? 8 : RATE)>(words, tile, lane, bits);
       tile_weights<RATE, L>(bits, weights);
     }
-    const float gain = float(gains[tile]);
+    const float gain = RATE > 0 ? float(gains[tile]) * row_gain : 0.0f;
 #pragma clang loop unroll(full)
-    for (int i = 0; i < 16; ++i) {
-      staged[33 * lane + 16 * (tile % 2) + i] = RATE > 0 ? T(weights[i] * gain * row_gain) : T(0.0f);
+    for (int i = 0; i < 8; ++i) {
+      Pair pair_of_weights;
+      pair_of_weights.x = RATE > 0 ? T(weights[2 * i] * gain) : T(0.0f);
+      pair_of_weights.y = RATE > 0 ? T(weights[2 * i + 1] * gain) : T(0.0f);
+      mine[8 * (tile % 2) + i] = pair_of_weights;
     }
     if (tile % 2 == 0) continue;
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint r = 0; r < rows; ++r) w[ulong(r) * columns + 16 * (tile - 1) + lane] = staged[33 * r + lane];
+    device Pair* to = (device Pair*)(w + part * columns + 16 * (tile - 1)) + pair;
+    const threadgroup Pair* from = staged + 17 * part + pair;
+    for (uint r = part; r < min(rows, part + 16); ++r) {
+      *to = *from;
+      to += columns / 2;
+      from += 17;
+    }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
 template <int L, int SG, typename T, typename Ids, typename Table, typename Params>
 METAL_FUNC void trellis_dequantize(const device uchar* pool, Ids ids, Table table, Params params, device T* w,
-                                   device float* bias, threadgroup T* staged, uint3 group, uint sg, uint lane) {
+                                   device float* bias, threadgroup vec<T, 2>* staged, uint3 group, uint sg, uint lane) {
   const uint tile = group.x, index = group.y;
   const device uchar* record = record_at(pool, table, uint(ids[index]), params[1], params[0]);
   const MatrixView m = matrix_view(record, params[4]);
@@ -45,7 +57,8 @@ METAL_FUNC void trellis_dequantize(const device uchar* pool, Ids ids, Table tabl
   if (sg == 0 && row < rows) bias[index * rows + row] = m.has_bias ? float(m.bias[row]) : 0.0f;
   const float row_gain = m.has_row_gain ? float(m.row_gain[row]) : 1.0f;
   device T* out = w + (ulong(index) * rows + 32 * tile) * columns;
-  threadgroup T* mine = staged + 32 * 33 * sg;
+  typedef vec<T, 2> Pair;
+  threadgroup Pair* mine = staged + 32 * 17 * sg;
   BlockGroup g = block_group(m, 0, 0, lane);
   const device uint* payload = m.payload + tile * tile_words(m, g, lane);
   for (uint first = 0; first < m.blocks; first += 32) {

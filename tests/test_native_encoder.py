@@ -72,7 +72,7 @@ def test_tiles_that_no_code_can_reach_still_give_valid_codes(isa, rate, fill):
 
 
 def squared_error_bound(x: np.ndarray, rate: int, length: int, seam: int) -> float:
-    """Least squared error of one tile over all circular paths whose window 0 has the low bits `seam`: a plain search.
+    """Least squared error of one tile over all circular paths whose window 0 has the low bits `seam`.
 
     Windows run from the last to the first; cost[s] is the least error of the windows so far that end in state s.
     """
@@ -99,7 +99,7 @@ def test_the_path_is_the_best_one_through_its_seam(rng, rate):
         assert best * (1 - 1e-9) <= error <= best * 1.003
 
 
-# Mean squared error in dB of these codes over long sequences, without the seam's loss, measured with a search in floats.
+# Mean squared error in dB of these codes over long sequences, which have no seam, measured with a search in floats.
 LONG_SEQUENCE_DB = {
     12: [-2.80, -5.57, -8.32, -11.09, -13.65],
     14: [-2.85, -5.68, -8.46, -11.20, -13.89],

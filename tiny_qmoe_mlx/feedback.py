@@ -5,6 +5,7 @@ is |E A|^2, and adding to the next 16 columns what the errors so far imply for t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,7 @@ DAMPING = 0.1  # of the mean second moment; 0.01 fits the calibration text bette
 CLIP = 20.0  # times the median of diag(H): one massive activation may not decide the damping of all others
 MASSIVE = 1000.0  # times the median: an input beyond it (a few tokens own it) is scaled down to it in the Hessian
 GROUPS = COLUMN_BLOCK // TILE_COLUMNS
+SMALLEST_GAIN, LARGEST_GAIN = 2.0**-24, 65504.0  # of float16
 
 Encoder = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 
@@ -73,14 +75,28 @@ def factor(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(feedback.reshape(size, size)), weight
 
 
+@dataclass
+class Encoded:
+    """Matrices of one shape after rounding.
+
+    codes[i][g]: u8 (R / 32, 32, planes) of matrix i and 16-column group g, None where absent.
+    gains: float16 (n, C / 16). rounded: float32 (n, R, C), all gains applied.
+    """
+
+    codes: list[list[np.ndarray | None]]
+    gains: np.ndarray
+    rounded: np.ndarray
+
+
 def encode_stack(
     w: np.ndarray,
     feedback: list[np.ndarray],
     rates: np.ndarray,
     row_gain: np.ndarray,
+    rows: int,
     length: int,
     encode: Encoder,
-) -> tuple[list[list[np.ndarray]], np.ndarray, np.ndarray]:
+) -> Encoded:
     """Round matrices of one shape together, 16 columns at a time, so that the encoder's threads have tiles to share.
 
     Args:
@@ -88,41 +104,52 @@ def encode_stack(
         feedback: n float32 (C, C) from `factor`.
         rates: u8 (n, B) in stored order.
         row_gain: float32 (n, R), positive.
+        rows: rows before padding; the others do not count for the block gains.
         length: L.
         encode: native.encode_tiles or its like.
-
-    Returns:
-        (codes[i][g]: u8 (R / 32, 32, planes) of matrix i and 16-column group g, None where absent;
-        block gains float16 (n, C / 16); rounded matrices float32 (n, R, C), gains applied).
     """
-    n, rows, columns = w.shape
+    n, _, columns = w.shape
+    groups = columns // TILE_COLUMNS
+    out = Encoded([[None] * groups for _ in range(n)], np.zeros((n, groups), np.float16), np.zeros_like(w))
     error = np.zeros_like(w)
-    gains = np.zeros((n, columns // TILE_COLUMNS), np.float16)
-    codes: list[list] = [[None] * gains.shape[1] for _ in range(n)]
-    for g in range(gains.shape[1]):
-        s = slice(g * TILE_COLUMNS, (g + 1) * TILE_COLUMNS)
-        target = w[:, :, s].copy()
-        if g:
-            for i in range(n):
-                target[i] += error[i, :, : s.start] @ feedback[i][: s.start, s]
-        rounded = np.zeros_like(target)
-        group_rates = rates[:, g // GROUPS]
-        for rate in np.unique(group_rates[group_rates > 0]):
-            chosen = np.flatnonzero(group_rates == rate)
-            scaled = target[chosen] / row_gain[chosen, :, None]
-            gain = _block_gain(scaled, int(rate))
-            gains[chosen, g] = gain
-            gain = gain.astype(np.float32)[:, None, None]
-            tiles = (scaled / gain).reshape(-1, ROW_TILE, TILE_COLUMNS)
-            code, value = encode(tiles, int(rate), length)
-            rounded[chosen] = value.reshape(scaled.shape) * gain * row_gain[chosen, :, None]
-            for i, part in zip(chosen, code.reshape(len(chosen), rows // ROW_TILE, ROW_TILE, -1), strict=True):
-                codes[i][g] = part
-        error[:, :, s] = w[:, :, s] - rounded
-    return codes, gains, w - error
+    for g in range(groups):
+        block, s = g // GROUPS * COLUMN_BLOCK, slice(g * TILE_COLUMNS, (g + 1) * TILE_COLUMNS)
+        if s.start == block:  # what whole blocks before imply for this one, as one product of 64 columns
+            wide = slice(block, block + COLUMN_BLOCK)
+            target = _implied(w[:, :, wide], error[:, :, :block], [f[:block, wide] for f in feedback])
+        part = slice(s.start - block, s.stop - block)
+        near = [f[block : s.start, s] for f in feedback]
+        goal = _implied(target[:, :, part], error[:, :, block : s.start], near)
+        _round_group(out, g, goal, rates[:, g // GROUPS], row_gain, rows, length, encode)
+        error[:, :, s] = w[:, :, s] - out.rounded[:, :, s]
+    return out
+
+
+def _implied(w: np.ndarray, error: np.ndarray, feedback: list[np.ndarray]) -> np.ndarray:
+    if not error.shape[2]:
+        return w.copy()
+    return np.stack([a + e @ f for a, e, f in zip(w, error, feedback, strict=True)])
+
+
+def _round_group(
+    out: Encoded, g: int, goal: np.ndarray, rates: np.ndarray, row_gain: np.ndarray, rows: int, length: int, encode: Encoder
+) -> None:
+    """Encode one group of 16 columns, goal (n, R, 16), of all matrices: a call of the encoder for each rate among them."""
+    for rate in np.unique(rates[rates > 0]):
+        chosen = np.flatnonzero(rates == rate)
+        scaled = goal[chosen] / row_gain[chosen, :, None]
+        gains = _block_gain(scaled[:, :rows], int(rate))
+        gain = gains.astype(np.float32)[:, None, None]
+        codes, values = encode((scaled / gain).reshape(-1, ROW_TILE, TILE_COLUMNS), int(rate), length)
+        values = values.reshape(scaled.shape) * gain * row_gain[chosen, :, None]
+        codes = codes.reshape(len(chosen), -1, ROW_TILE, codes.shape[-1])
+        for i, code, value in zip(chosen, codes, values, strict=True):
+            out.codes[i][g] = code
+            out.rounded[i, :, g * TILE_COLUMNS : (g + 1) * TILE_COLUMNS] = value
+        out.gains[chosen, g] = gains
 
 
 def _block_gain(scaled: np.ndarray, rate: int) -> np.ndarray:
     """Gains (n,) float16 that bring each matrix's 16 columns to the scale that the code was made for."""
     rms = np.sqrt(np.mean(scaled.astype(np.float64) ** 2, axis=(1, 2)))
-    return np.clip(GAIN[rate] * rms, 2.0**-24, 60000).astype(np.float16)
+    return np.clip(GAIN[rate] * rms, SMALLEST_GAIN, LARGEST_GAIN).astype(np.float16)

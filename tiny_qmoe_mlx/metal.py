@@ -119,7 +119,7 @@ def _dequantize_kernel():
         input_names=["pool", "ids", "table", "params"],
         output_names=["w", "bias"],
         header=source("trellis_decode", "trellis_dequantize"),
-        source="threadgroup T staged[SG * 32 * 33]; trellis_dequantize<L, SG>(pool, ids, table, params, w, bias, staged, "
+        source="threadgroup vec<T, 2> staged[SG * 32 * 17]; trellis_dequantize<L, SG>(pool, ids, table, params, w, bias, staged, "
         f"{_POSITION}, {_LANE});",
     )
 

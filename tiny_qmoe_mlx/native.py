@@ -77,7 +77,7 @@ def available() -> bool:
 def _need() -> ctypes.CDLL:
     library = _library()
     if library is None:
-        raise RuntimeError("[native] the C++ library is missing; install the package again where a C++ compiler exists.")
+        raise RuntimeError("[native] the C++ library is missing; install the package again, with a C++ compiler there.")
     return library
 
 
@@ -358,7 +358,7 @@ def gather_moe(
 
 
 def affine_qmv(weights: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, x: np.ndarray) -> np.ndarray:
-    """Up to 8 tokens times an MLX affine matrix with groups of 64 columns: `mx.quantized_matmul(x, ..., transpose=True)`.
+    """Up to 8 tokens times an MLX affine matrix, groups of 64 columns: `mx.quantized_matmul(x, ..., transpose=True)`.
 
     Args:
         weights: u32 (rows, columns * bits / 32), as mx.quantize packs them.
@@ -376,11 +376,15 @@ def affine_qmv(weights: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits
     x = _array("affine_qmv", "x", x, np.float32, (None, None))
     rows, (tokens, columns) = len(weights), x.shape
     if bits not in (4, 8) or columns % 64 or not 1 <= tokens <= 8:
-        raise ValueError(f"[native.affine_qmv] takes 4 or 8 bits, columns in whole groups of 64 and 1 to 8 tokens, received {bits}, {columns}, {tokens}.")
+        raise ValueError(
+            "[native.affine_qmv] takes 4 or 8 bits, columns in whole groups of 64 and 1 to 8 tokens, "
+            f"received {bits}, {columns}, {tokens}."
+        )
     weights = _array("affine_qmv", "weights", weights, np.uint32, (rows, columns * bits // 32))
     scales = _array("affine_qmv", "scales", scales, np.float32, (rows, columns // 64))
     biases = _array("affine_qmv", "biases", biases, np.float32, (rows, columns // 64))
     y = np.empty((tokens, rows), np.float32)
-    status = library.tq_affine_qmv(*map(_pointer, (weights, scales, biases)), bits, rows, columns, _pointer(x), tokens, _pointer(y))
+    parts = map(_pointer, (weights, scales, biases))
+    status = library.tq_affine_qmv(*parts, bits, rows, columns, _pointer(x), tokens, _pointer(y))
     _check("affine_qmv", status)
     return y

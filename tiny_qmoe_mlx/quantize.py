@@ -41,7 +41,11 @@ class ExpertInputs:
 
 
 def blend(
-    own: np.ndarray, tokens: float, prior: np.ndarray | None = None, prior_tokens: float = 0, strength: float | None = None
+    own: np.ndarray,
+    tokens: float,
+    prior: np.ndarray | None = None,
+    prior_tokens: float = 0,
+    strength: float | None = None,
 ) -> np.ndarray:
     """A mean Hessian from an expert's own sum and the layer's, float32 (columns, columns).
 
@@ -109,7 +113,9 @@ def _check(number: int, expert: ExpertInputs, signs_in: np.ndarray, signs_mid: n
             )
         bias = expert.biases[i] if expert.biases is not None else None
         if bias is not None and bias.shape != (w.shape[0],):
-            raise ValueError(f"[quantize] expert {number}: the bias of {name} should be ({w.shape[0]},), received {bias.shape}.")
+            raise ValueError(
+                f"[quantize] expert {number}: the bias of {name} should be ({w.shape[0]},), received {bias.shape}."
+            )
         for what, values in (("weights", w), ("Hessian", h), ("bias", bias)):
             if values is not None and not np.isfinite(values).all():
                 raise ValueError(
@@ -145,6 +151,7 @@ def _prepare(
             sides[key] = _side(h, sign)
         return sides[key]
 
+    bits = 8 * record_bytes / sum(w.size for w in experts[0].weights)
     out = []
     for expert in experts:
         planes = []
@@ -152,7 +159,7 @@ def _prepare(
             last = i == len(expert.weights) - 1
             h, sign = (expert.h_mid, signs_mid) if last else (expert.h_in, signs_in)
             bias = expert.biases[i] if expert.biases is not None else None
-            planes.append(_plane(w, sign, side(h, sign), bias))
+            planes.append(_plane(w, sign, side(h, sign), bias, bits))
         _share_bytes(expert, planes, record_bytes, length)
         out.append(planes)
     return out
@@ -166,16 +173,14 @@ def _side(h: np.ndarray, sign: np.ndarray) -> tuple:
     return rotated, order, *factor(rotated)
 
 
-def _plane(w: np.ndarray, sign: np.ndarray, side: tuple, bias: np.ndarray | None) -> _Plane:
+def _plane(w: np.ndarray, sign: np.ndarray, side: tuple, bias: np.ndarray | None, bits: float) -> _Plane:
     h, order, feedback, weight = side
     rows = padded_rows(w.shape[0])
     rotated = np.zeros((rows, len(sign)), np.float32)
     rotated[: w.shape[0]] = rotate(np.asarray(w, np.float32), sign)[:, columns_of(order)]
-    keep = keeps_row_gains(w.shape)
-    row_gain = np.ones(rows, np.float32)
-    if keep:
-        rms = np.sqrt(np.mean(rotated.astype(np.float64) ** 2, axis=1))
-        row_gain = np.where(rms > 0, rms, 1).astype(np.float32)
+    power = np.mean(rotated.astype(np.float64) ** 2, axis=1)
+    keep = keeps_row_gains(power[: w.shape[0]], w.shape[1], bits)
+    row_gain = np.where((power > 0) & keep, np.sqrt(power), 1).astype(np.float32)
     rates = np.zeros(len(order), np.uint8)
     return _Plane(w.shape, rotated, h, feedback, weight, order, row_gain, keep, bias, rates)
 
@@ -184,7 +189,9 @@ def _share_bytes(expert: ExpertInputs, planes: list[_Plane], record_bytes: int, 
     shapes = [p.shape for p in planes]
     fixed = fixed_bytes(shapes, [p.keep_gain for p in planes], expert.biases is not None)
     if fixed > record_bytes:
-        raise BudgetError(f"[quantize] the gains alone need {fixed} bytes, a record has {record_bytes}; ask for more bits.")
+        raise BudgetError(
+            f"[quantize] the gains alone need {fixed} bytes, a record has {record_bytes}; ask for more bits."
+        )
     importance = []
     for p, reach in zip(planes, _reach(expert, planes), strict=True):
         energy = reach @ p.w.astype(np.float64) ** 2  # per column, rows weighted by what they do to the output
@@ -215,20 +222,21 @@ def _reach(expert: ExpertInputs, planes: list[_Plane]) -> list[np.ndarray]:
 
 def _encode(prepared: list[list[_Plane]], length: int) -> Iterator[Record]:
     matrices: dict[int, Matrix] = {}
-    stacks: dict[tuple[int, ...], list[_Plane]] = {}
+    stacks: dict[tuple[int, int], list[_Plane]] = {}
     for p in (p for planes in prepared for p in planes):
-        stacks.setdefault(p.w.shape, []).append(p)
+        stacks.setdefault(p.shape, []).append(p)
     for stack in stacks.values():
-        codes, gains, rounded = encode_stack(
+        encoded = encode_stack(
             np.stack([p.w for p in stack]),
             [p.feedback for p in stack],
             np.stack([p.rates for p in stack]),
             np.stack([p.row_gain for p in stack]),
+            stack[0].shape[0],
             length,
             native.encode_tiles,
         )
-        for p, code, gain, q in zip(stack, codes, gains, rounded, strict=True):
-            matrices[id(p)] = _matrix(p, code, gain, q)
+        for p, codes, gains, rounded in zip(stack, encoded.codes, encoded.gains, encoded.rounded, strict=True):
+            matrices[id(p)] = _matrix(p, codes, gains, rounded)
     for planes in prepared:
         yield Record(length, [matrices[id(p)] for p in planes])
 

@@ -103,13 +103,15 @@ float logistic(float v) { return 1.0f / (1.0f + std::exp(-v)); }
 // mlx_lm's forms: SwiGLU, GeGLU (tanh), gpt-oss's clamped SwiGLU, and nemotron_h's squared ReLU, which has no up.
 float activate(const Activation& a, float gate, float up) {
   switch (a.kind) {
-    case TQ_SILU: return gate * logistic(gate) * up;
+    case TQ_SILU:
+      return gate * logistic(gate) * up;
     case TQ_GELU_TANH:
       return 0.5f * gate * (1.0f + std::tanh(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate))) * up;
     case TQ_SWIGLU_OAI:
       gate = std::min(gate, a.limit);
       return gate * logistic(a.alpha * gate) * (std::clamp(up, -a.limit, a.limit) + 1.0f);
-    default: return gate > 0.0f ? gate * gate : 0.0f;
+    default:
+      return gate > 0.0f ? gate * gate : 0.0f;
   }
 }
 
@@ -161,70 +163,108 @@ int gather_qmv(const Gather& g, int matrix, int64_t rows, float* y) {
 
 namespace {
 
-bool fits(const Group& group, const Gather& g, int64_t middle, int64_t out_rows, bool gated) {
-  const RecordView& r = group.record;
-  if (r.matrices != (gated ? 3 : 2)) return false;
-  for (int i = 0; i + 1 < r.matrices; ++i) {
-    if (r.matrix[i].rows != middle || r.matrix[i].columns != g.columns) return false;
+// The whole expert, batch by batch of groups; each member function is one phase over the threads.
+class Moe {
+ public:
+  Moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation)
+      : g_(g), middle_(middle), out_rows_(out_rows), sign_mid_(sign_mid), activation_(activation) {}
+
+  bool fits(const Group& group) const {
+    const RecordView& r = group.record;
+    if (r.matrices != down_ + 1) return false;
+    for (int i = 0; i < down_; ++i) {
+      if (r.matrix[i].rows != middle_ || r.matrix[i].columns != g_.columns) return false;
+    }
+    return r.matrix[down_].columns == middle_ && r.matrix[down_].rows == out_rows_;
   }
-  const MatrixView& down = r.matrix[r.matrices - 1];
-  return down.columns == middle && down.rows == out_rows;
-}
+
+  void run(const std::vector<Group>& groups, float* y) {
+    const int64_t total = static_cast<int64_t>(groups.size()), batch = std::min(total, kBatch);
+    rotated_ = rotate_tokens(turn_, kernels_, g_);
+    x_ = floats(batch * down_ * x_stride_);
+    middle_rows_ = floats(batch * middle_stride_);
+    middle_x_ = floats(batch * middle_stride_);
+    for (int64_t start = 0; start < total; start += kBatch) {
+      const int64_t count = std::min(kBatch, total - start);
+      arrange_tokens(&groups[start], count);
+      multiply_first(&groups[start], count);
+      arrange_middle(&groups[start], count);
+      multiply_down(&groups[start], count, y);
+    }
+  }
+
+ private:
+  void arrange_tokens(const Group* groups, int64_t count) {
+    turn_.each(count * down_, [&](int64_t item, int) {
+      const Group& group = groups[item / down_];
+      const float* from[kMaxTokens];
+      for (int t = 0; t < group.tokens; ++t) from[t] = rotated_.get() + g_.rows_of[group.picks[t]] * padded_;
+      arrange(group.record.matrix[item % down_], group.tokens, from, x_.get() + item * x_stride_);
+    });
+  }
+
+  // Gate, up and activation, or fc1 and activation.
+  void multiply_first(const Group* groups, int64_t count) {
+    each_tile(turn_, groups, count, 0, [&](int64_t i, int64_t tile) {
+      const Group& group = groups[i];
+      float gate[kMaxTokens * kRowTile], up[kMaxTokens * kRowTile] = {};
+      multiply(kernels_, group.record.matrix[0], tile, group.tokens, x_.get() + i * down_ * x_stride_, gate);
+      if (down_ == 2) {
+        multiply(kernels_, group.record.matrix[1], tile, group.tokens, x_.get() + (i * down_ + 1) * x_stride_, up);
+      }
+      const int64_t lanes = std::min<int64_t>(kRowTile, middle_ - tile * kRowTile);
+      for (int t = 0; t < group.tokens; ++t) {
+        float* to = middle_rows_.get() + i * middle_stride_ + t * padded_middle_ + tile * kRowTile;
+        for (int64_t l = 0; l < lanes; ++l) to[l] = activate(activation_, gate[kRowTile * t + l], up[kRowTile * t + l]);
+      }
+    });
+  }
+
+  void arrange_middle(const Group* groups, int64_t count) {
+    turn_.each(count, [&](int64_t i, int) {
+      const float* from[kMaxTokens];
+      for (int t = 0; t < groups[i].tokens; ++t) {
+        float* row = middle_rows_.get() + i * middle_stride_ + t * padded_middle_;
+        std::fill(row + middle_, row + padded_middle_, 0.0f);
+        kernels_.rotate(row, sign_mid_, padded_middle_, hadamard_size(padded_middle_));
+        from[t] = row;
+      }
+      arrange(groups[i].record.matrix[down_], groups[i].tokens, from, middle_x_.get() + i * middle_stride_);
+    });
+  }
+
+  void multiply_down(const Group* groups, int64_t count, float* y) {
+    each_tile(turn_, groups, count, down_, [&](int64_t i, int64_t tile) {
+      float out[kMaxTokens * kRowTile];
+      const float* x = middle_x_.get() + i * middle_stride_;
+      multiply(kernels_, groups[i].record.matrix[down_], tile, groups[i].tokens, x, out);
+      write_rows(groups[i], tile, out_rows_, out, y);
+    });
+  }
+
+  const Gather& g_;
+  const int64_t middle_, out_rows_;
+  const float* const sign_mid_;
+  const Activation activation_;
+  const int down_ = activation_.kind == TQ_RELU2 ? 1 : 2;  // index of the last matrix
+  const int64_t padded_ = padded_columns(g_.columns), padded_middle_ = padded_columns(middle_);
+  const int64_t x_stride_ = kMaxTokens * padded_, middle_stride_ = kMaxTokens * padded_middle_;
+  const Kernels& kernels_ = active_kernels();
+  Turn turn_;
+  Floats rotated_, x_, middle_rows_, middle_x_;
+};
 
 }  // namespace
 
 int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation,
                float* y) {
-  const bool gated = activation.kind != TQ_RELU2;
-  const int down = gated ? 2 : 1;
   Picks picks;
   if (!collect(g, &picks)) return TQ_RECORD;
+  Moe moe(g, middle, out_rows, sign_mid, activation);
   for (const Group& group : picks.groups) {
-    if (!fits(group, g, middle, out_rows, gated)) return TQ_SHAPE;
+    if (!moe.fits(group)) return TQ_SHAPE;
   }
-  const Kernels& kernels = active_kernels();
-  Turn turn;
-  const int64_t padded = padded_columns(g.columns), padded_middle = padded_columns(middle);
-  const int64_t total = static_cast<int64_t>(picks.groups.size()), batch = std::min(total, kBatch);
-  Floats rotated = rotate_tokens(turn, kernels, g);
-  const int64_t x_stride = kMaxTokens * padded, mid_stride = kMaxTokens * padded_middle;
-  Floats x = floats(2 * batch * x_stride), mid = floats(batch * mid_stride), mid_x = floats(batch * mid_stride);
-  for (int64_t start = 0; start < total; start += kBatch) {
-    const Group* groups = &picks.groups[start];
-    const int64_t count = std::min(kBatch, total - start);
-    turn.each(count * down, [&](int64_t item, int) {
-      const Group& group = groups[item / down];
-      const float* from[kMaxTokens];
-      for (int t = 0; t < group.tokens; ++t) from[t] = rotated.get() + g.rows_of[group.picks[t]] * padded;
-      arrange(group.record.matrix[item % down], group.tokens, from, x.get() + item * x_stride);
-    });
-    each_tile(turn, groups, count, 0, [&](int64_t i, int64_t tile) {
-      const Group& group = groups[i];
-      float gate[kMaxTokens * kRowTile], up[kMaxTokens * kRowTile] = {};
-      multiply(kernels, group.record.matrix[0], tile, group.tokens, x.get() + i * down * x_stride, gate);
-      if (gated) multiply(kernels, group.record.matrix[1], tile, group.tokens, x.get() + (i * down + 1) * x_stride, up);
-      const int64_t lanes = std::min<int64_t>(kRowTile, middle - tile * kRowTile);
-      for (int t = 0; t < group.tokens; ++t) {
-        float* to = mid.get() + i * mid_stride + t * padded_middle + tile * kRowTile;
-        for (int64_t l = 0; l < lanes; ++l) to[l] = activate(activation, gate[kRowTile * t + l], up[kRowTile * t + l]);
-      }
-    });
-    turn.each(count, [&](int64_t i, int) {
-      const float* from[kMaxTokens];
-      for (int t = 0; t < groups[i].tokens; ++t) {
-        float* row = mid.get() + i * mid_stride + t * padded_middle;
-        std::fill(row + middle, row + padded_middle, 0.0f);
-        kernels.rotate(row, sign_mid, padded_middle, hadamard_size(padded_middle));
-        from[t] = row;
-      }
-      arrange(groups[i].record.matrix[down], groups[i].tokens, from, mid_x.get() + i * mid_stride);
-    });
-    each_tile(turn, groups, count, down, [&](int64_t i, int64_t tile) {
-      float out[kMaxTokens * kRowTile];
-      multiply(kernels, groups[i].record.matrix[down], tile, groups[i].tokens, mid_x.get() + i * mid_stride, out);
-      write_rows(groups[i], tile, out_rows, out, y);
-    });
-  }
+  moe.run(picks.groups, y);
   return TQ_OK;
 }
 

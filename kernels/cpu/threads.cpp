@@ -8,13 +8,16 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
 namespace tqmoe {
 namespace {
 
-constexpr int kSpins = 4000;
+constexpr int kSpins = 2000;  // some tens of microseconds
+
+using Work = void (*)(void* context, int64_t item, int thread);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -24,13 +27,10 @@ inline void relax() {
 #endif
 }
 
-struct Job {
-  void (*work)(void*, int64_t, int) = nullptr;
-  void* context = nullptr;
-  int64_t count = 0;
-  std::atomic<int64_t> next{0};
-};
-
+// The calling thread and some workers share the items of one job at a time. The caller waits for items, not for
+// workers: one that sleeps or has lost its core holds nobody up. A worker that comes late must not mix up two jobs, so
+// the number of the job and of its next item are one atomic word, and an item is taken by exchanging that word: if it
+// was still the same, the fields that were read before belong to this job, which cannot end before the item is done.
 class Pool {
  public:
   explicit Pool(int threads) : size_(threads) {
@@ -38,63 +38,73 @@ class Pool {
   }
 
   ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-      generation_.fetch_add(1);
-    }
-    wake_.notify_all();
+    stop_ = true;
+    publish();
     for (auto& worker : workers_) worker.join();
   }
 
   int size() const { return size_; }
 
-  void run(int64_t count, void (*work)(void*, int64_t, int), void* context) {
-    job_.work = work;
-    job_.context = context;
-    job_.count = count;
-    job_.next.store(0);
-    busy_.store(size_ - 1);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);  // a worker that is about to sleep has not missed the job
-      generation_.fetch_add(1);
-    }
-    if (sleepers_.load() > 0) wake_.notify_all();
-    take_items(0);
-    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+  void run(uint32_t count, Work work, void* context) {
+    work_ = work;
+    context_ = context;
+    count_ = count;
+    done_ = 0;
+    publish();
+    take_items(static_cast<uint32_t>(ticket_.load() >> 32), 0);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
       relax();
-      if (spins > kSpins) std::this_thread::yield();  // a worker may have lost its core
+      if (spins > kSpins) std::this_thread::yield();  // the worker may have lost its core
     }
   }
 
  private:
-  void take_items(int thread) {
-    for (int64_t item; (item = job_.next.fetch_add(1, std::memory_order_relaxed)) < job_.count;) {
-      job_.work(job_.context, item, thread);
+  // A new job, from its item 0.
+  void publish() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);  // a worker that is about to sleep has not missed it
+      ticket_.store(((ticket_.load() >> 32) + 1) << 32);
+    }
+    if (sleepers_.load() > 0) wake_.notify_all();
+  }
+
+  void take_items(uint32_t job, int thread) {
+    uint64_t ticket = ticket_.load();
+    while (ticket >> 32 == job) {
+      const Work work = work_.load();
+      void* context = context_.load();
+      const uint32_t item = static_cast<uint32_t>(ticket);
+      if (item >= count_.load()) return;
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
+      work(context, item, thread);
+      done_.fetch_add(1, std::memory_order_release);
+      ticket = ticket_.load();
     }
   }
 
   void serve(int thread) {
-    uint64_t seen = 0;
+    uint32_t seen = 0;
+    auto current = [this] { return static_cast<uint32_t>(ticket_.load() >> 32); };
     while (true) {
-      for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) relax();
-      if (generation_.load() == seen) {
+      for (int spins = 0; current() == seen && spins < kSpins; ++spins) relax();
+      if (current() == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        wake_.wait(lock, [&] { return current() != seen; });
         sleepers_.fetch_sub(1);
       }
-      ++seen;
       if (stop_) return;
-      take_items(thread);
-      busy_.fetch_sub(1, std::memory_order_release);
+      seen = current();
+      take_items(seen, thread);
     }
   }
 
   const int size_;
-  Job job_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> busy_{0}, sleepers_{0};
+  std::atomic<Work> work_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<uint32_t> count_{0}, done_{0};
+  std::atomic<uint64_t> ticket_{0};  // job << 32 | next item
+  std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -152,8 +162,11 @@ Turn::~Turn() {
   if (threads_ > 1) state()->turn.unlock();
 }
 
-void Turn::run(int64_t count, void (*work)(void*, int64_t, int), void* context) {
-  if (threads_ > 1 && count > 1) return state()->pool->run(count, work, context);
+void Turn::run(int64_t count, Work work, void* context) {
+  if (threads_ > 1 && count > 1) {
+    if (count > UINT32_MAX) throw std::length_error("items");
+    return state()->pool->run(static_cast<uint32_t>(count), work, context);
+  }
   for (int64_t item = 0; item < count; ++item) work(context, item, 0);
 }
 

@@ -1,12 +1,13 @@
 """Metal kernels of ``mx.fast.metal_kernel`` on an x86-64 Linux CPU, without a Mac and without a GPU.
 
-MLX generates the text of a kernel when it traces the call; ``capture`` takes that text, clang 19 compiles it as C++ against the
-headers in ``include/``, and the runtime in ``runtime/`` runs one fiber per GPU thread: 32-lane simdgroups, threadgroup memory,
-barriers, partial groups. Four modes:
+MLX generates the text of a kernel when it traces the call; ``capture`` takes that text, clang 19 compiles it as C++
+against the headers in ``include/``, and the runtime in ``runtime/`` runs one fiber per GPU thread: 32-lane simdgroups,
+threadgroup memory, barriers, partial groups. Four modes:
 
     as        address spaces and language subset; nothing runs
     run       the result
-    check     every load and store goes through the checker: bounds, races, uninitialised memory, divergence, undefined behaviour
+    check     every load and store goes through the checker: bounds, races, uninitialised memory, divergence, undefined
+              behaviour
     profile   bytes per buffer, issue slots by a model of Apple's GPU, lane efficiency; counts, not times
 
 What a kernel's test writes:

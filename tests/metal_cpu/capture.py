@@ -45,7 +45,7 @@ class Launch:
 
 @dataclass
 class Trace:
-    """A traced function: its arguments and results by name, arrays made outside it, its launches, its other operations."""
+    """A traced function: names of arguments and results, arrays made outside it, its launches and other operations."""
 
     arguments: list[str]
     results: list[str]

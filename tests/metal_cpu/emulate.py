@@ -28,29 +28,29 @@ def emulate(
 ) -> tuple[Any, Report]:
     """Trace ``fn``, run its Metal kernels on the arrays and return what ``fn`` would.
 
-    The kernels' inputs must be arguments of ``fn``, arrays made outside it, or outputs of its other kernels; for ordinary operations
-    in between use ``emulated_kernels``. ``fn`` may return any of the kernels' outputs, as an array, list or tuple.
+    The kernels' inputs must be arguments of ``fn``, arrays made outside it, or outputs of its other kernels; for
+    ordinary operations in between use ``emulated_kernels``. ``fn`` may return any of the kernels' outputs.
 
     Args:
         fn: Takes ``arrays`` as mx.arrays, returns mx.arrays; it is traced, never evaluated.
-        arrays: mx.array or np.ndarray (bfloat16 as mx.array). A contiguous np.ndarray or np.memmap of 64 MiB or more is read in
-            place, so a sparse one may be larger than memory.
+        arrays: mx.array or np.ndarray (bfloat16 as mx.array). A contiguous np.ndarray or np.memmap of 64 MiB or more is
+            read in place, so a sparse one may be larger than memory.
         mode: ``as`` (the outputs are None), ``run``, ``check`` or ``profile``.
         seed: Lanes and simdgroups run in a random order that it fixes. Default: in order.
         strict: Report simd operations that not all lanes of the simdgroup reach. Default: ``True``.
         limit_s: Seconds after which a launch is stopped and TIMEOUT reported.
-        init_value: What outputs are filled with before the launch, as in the kernel's own call (tracing does not show it).
-            Default: poison bytes 0xCD, and unwritten bytes are reported.
-        groups: First threadgroup and number of threadgroups to run, of each launch. Default: all; unwritten bytes are only
-            reported then.
-        skew: Inputs start one element after an aligned address, as a slice does on a GPU: loads wider than an element are then
-            MISALIGNED. Default: ``False``, 256-byte alignment.
+        init_value: What outputs are filled with before the launch, as in the kernel's own call (tracing does not show
+            it). Default: poison bytes 0xCD, and unwritten bytes are reported.
+        groups: First threadgroup and number of threadgroups to run, of each launch. Default: all; unwritten bytes are
+            only reported then.
+        skew: Inputs start one element after an aligned address, as a slice does on a GPU: loads wider than an element
+            are then MISALIGNED. Default: ``False``, 256-byte alignment.
 
     Returns:
         The outputs as mx.arrays in the form of ``fn``'s result (one array, or a list), and the Report.
 
     Raises:
-        ValueError: If ``fn`` launches no Metal kernel, computes a kernel's input or its result, or MLX refuses the call.
+        ValueError: If ``fn`` launches no Metal kernel or computes a kernel's input or its result itself.
         SyntaxError: If clang rejects the text (modes run, check, profile; mode ``as`` reports it as a problem instead).
         LanguageError: If the text uses what Metal has not (likewise).
     """
@@ -104,7 +104,7 @@ def run_launch(
 def bind(
     kernel: Kernel, launch: Launch, inputs: list[Any], outputs: list[np.ndarray]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Buffers by the names of the signature: inputs in order, each with its shape, strides and rank if asked for, then outputs."""
+    """Buffers by name, in the signature's order: each input, with its shape, strides and rank if asked for; outputs."""
     names = [p.name for p in sorted(kernel.parameters, key=lambda p: p.index)]
     count = len(names) - len(outputs)
     buffers: dict[str, np.ndarray] = {}
@@ -160,8 +160,8 @@ def emulated_kernels(
 ) -> Iterator[Report]:
     """Let every ``mx.fast.metal_kernel`` made inside the block run in the emulator, on evaluated arrays.
 
-    Kernels made before (and kept, as by functools.cache) are not touched: clear such caches first, and afterwards. Calls inside
-    ``mx.compile`` fail, as arrays cannot be evaluated there. Yields the Report that all launches add to.
+    Kernels made before (and kept, as by functools.cache) are not touched: clear such caches first, and after. Calls
+    inside ``mx.compile`` fail, as arrays cannot be evaluated there. Yields the Report that all launches add to.
 
     Args:
         mode: ``run``, ``check`` or ``profile``.

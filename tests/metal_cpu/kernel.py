@@ -1,4 +1,4 @@
-"""A compiled kernel: loads its library, launches it on buffers, and turns the runtime's report into lines about the kernel."""
+"""A compiled kernel: load its library, launch it on buffers, turn the runtime's report into lines about its text."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LaunchCounts(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Options:
-    """How to launch; see ``emulate`` for what each one means. ``groups``: first threadgroup and how many; default all."""
+    """How to launch, as in ``emulate``."""
 
     seed: int | None = None
     strict: bool = True

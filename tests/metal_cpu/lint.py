@@ -1,4 +1,4 @@
-"""Rules of Metal that C++ does not have and clang cannot check, read from the text. MLX's own kernels pass all of them."""
+"""Rules of Metal that C++ does not have, checked on the text. MLX's own kernels (before Metal 4) pass all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SCALARS = (
 )
 CONSTANT = r"\bconstant\b|\w_CONST\b|\boperator\b"  # X_CONST: MLX's macros for it
 # A pointer or reference declarator after a type; group 1 is what stands before the type in the same declaration.
-DECLARATOR = r"((?:\b(?:const|volatile|static|inline|{spaces}|METAL_FUNC|friend|typename)\b\s*)*)\b(?:{types})\s*(?:const\s*)?((?:{spaces})\s*)?[*&](?!&|=)"
+DECLARATOR = (
+    r"((?:\b(?:const|volatile|static|inline|friend|typename|METAL_FUNC|{spaces})\b\s*)*)"
+    r"\b(?:{types})\s*(?:const\s*)?((?:{spaces})\s*)?[*&](?!&|=)"
+)
 
 
 def lint(launch: Launch) -> Iterator[tuple[int, str]]:
@@ -50,13 +53,14 @@ def spaceless_pointers(text: str) -> Iterator[tuple[int, str]]:
 
 
 def outermost(text: str) -> str:
-    """The text with the inside of all braces blanked, length and line breaks kept."""
+    """The text with what is in braces or parentheses blanked, lines kept; a closed brace becomes a semicolon."""
 
     def blank(match: re.Match[str]) -> str:
-        return re.sub(r"[^\n]", " ", match.group(0))
+        return re.sub(r"[^\n]", " ", match.group(0)[:-1]) + (";" if match.group(0)[-1] == "}" else " ")
 
-    while re.search(r"\{[^{}]*\}", text):
-        text = re.sub(r"\{[^{}]*\}", blank, text)
+    inner = re.compile(r"\{[^{}()]*\}|\([^{}()]*\)")
+    while inner.search(text):
+        text = inner.sub(blank, text)
     return text
 
 
@@ -64,7 +68,8 @@ def globals_outside_constant(text: str) -> Iterator[tuple[int, str]]:
     """Variables of the whole program that are not in constant space."""
     flat = re.sub(r"(?m)^[ \t]*#.*(?:\\\n.*)*", lambda m: " " * len(m.group(0)), outermost(text))
     for match in re.finditer(r"(?m)^[ \t]*((?:static|inline|const|constexpr)\b[^;(]*?=)", flat):
-        if not re.search(CONSTANT, match.group(1)):
+        within_list = flat[: match.start()].rstrip()[-1:] in (",", "<")  # of template parameters
+        if not within_list and not re.search(CONSTANT, match.group(1)):
             yield match.start(1), "variables outside functions must be in constant space: `constant constexpr`"
 
 

@@ -1,17 +1,20 @@
-"""Issue slots by a model of Apple's GPU, from the LLVM text of a kernel and the counts of a run in mode ``profile``.
+"""Issue slots by a model of Apple's GPU, from a kernel's LLVM text and the counts of a run in mode ``profile``.
 
-The prices are those measured on M1 and M2 by others (metal-benchmarks by P. Turner); nothing here was compared with hardware:
+The prices are those measured on M1 and M2 by others (metal-benchmarks by P. Turner); nothing here was compared with
+hardware:
 
-    1   add, subtract, and, or, xor, compare, select, fused multiply-add, float add and multiply, a device load or store
+    1   add, subtract, and, or, xor, compare, select, fused multiply-add, float add and multiply, device load or store
     2   simd_shuffle and broadcast, 64-bit integer add
     3   ballot
-    4   static shift or bit extract, integer multiply, popcount, integer <-> float, a pass through threadgroup memory's banks
+    4   static shift or bit extract, integer multiply, popcount, integer <-> float, a pass over threadgroup memory
     8   shift by a variable amount, division and transcendental functions
-    12  prefix sum;  15 reduction over the simdgroup
+    12  prefix sum
+    15  reduction over the simdgroup
 
-Free: bit casts, widening and narrowing of integers, half -> float (operands of mixed width), constant address offsets, phis,
-unconditional branches, and what the hardware folds: a float multiply into the only add that uses it, a low mask into the constant
-shift or extract before it, a comparison into the select or branch after it, the upper half of a word. Vector instructions count once per component.
+Free: bit casts, widening and narrowing of integers, half -> float (operands may be of mixed width), constant address
+offsets, phis, unconditional branches, and what the hardware folds: a float multiply into the only add that uses it, a
+low mask into the constant shift or extract before it, a comparison into the only select or branch after it, the upper
+half of a word. Vector instructions count once per component.
 """
 
 from __future__ import annotations
@@ -31,13 +34,24 @@ EXCHANGES = (
 )  # fmt: skip
 DEVICE_ACCESS, BANK_PASS = 1, 4
 
-ARITHMETIC = {"add": 1, "sub": 1, "and": 1, "or": 1, "xor": 1, "icmp": 1, "fcmp": 1, "select": 1, "fadd": 1, "fsub": 1, "fmul": 1,
-              "fneg": 1, "mul": 4, "udiv": 32, "sdiv": 32, "urem": 32, "srem": 32, "fdiv": 8, "frem": 16,
-              "uitofp": 4, "sitofp": 4, "fptoui": 4, "fptosi": 4, "fptrunc": 1}  # fmt: skip
+ARITHMETIC = {
+    **dict.fromkeys(("add", "sub", "and", "or", "xor", "icmp", "fcmp", "select", "fadd", "fsub", "fmul", "fneg"), 1),
+    **dict.fromkeys(("mul", "uitofp", "sitofp", "fptoui", "fptosi"), 4),
+    **dict.fromkeys(("udiv", "sdiv", "urem", "srem"), 32),
+    "fptrunc": 1,
+    "fdiv": 8,
+    "frem": 16,
+}
 SHIFTS = ("shl", "lshr", "ashr")
-CALLS = {"fma": 1, "fmuladd": 1, "umin": 1, "umax": 1, "smin": 1, "smax": 1, "minnum": 1, "maxnum": 1, "fabs": 1, "copysign": 1,
-         "abs": 1, "floor": 1, "ceil": 1, "trunc": 1, "rint": 1, "round": 1, "ctpop": 4, "bitreverse": 4, "ctlz": 4, "cttz": 4,
-         "bswap": 4, "sqrt": 8, "exp": 8, "exp2": 8, "log": 8, "log2": 8, "pow": 16, "sin": 8, "cos": 8}  # fmt: skip
+CALLS = {
+    **dict.fromkeys(
+        ("fma", "fmuladd", "umin", "umax", "smin", "smax", "minnum", "maxnum", "fabs", "copysign", "abs"), 1
+    ),
+    **dict.fromkeys(("floor", "ceil", "trunc", "rint", "round"), 1),
+    **dict.fromkeys(("ctpop", "bitreverse", "ctlz", "cttz", "bswap"), 4),
+    **dict.fromkeys(("sqrt", "exp", "exp2", "log", "log2", "sin", "cos"), 8),
+    "pow": 16,
+}
 LIBRARY = re.compile(r"@(exp|log|tanh|sin|cos|tan|sinh|cosh|pow|atan|asin|acos|fmod|ldexp)\w*\(")
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 class BufferTraffic:
     """What a launch did with one buffer, in bytes.
 
-    ``requested`` sums over lanes. ``fetched`` sums over simdgroup instructions, each byte once however many lanes asked for it:
-    what a GPU without a cache would read. ``compulsory`` counts each byte once in the whole launch: what one with an endless cache
-    would read. ``lines`` is ``compulsory`` in whole 64-byte lines.
+    ``requested`` sums over lanes. ``fetched`` sums over simdgroup instructions, each byte once however many lanes asked
+    for it: what a GPU without a cache would read. ``compulsory`` counts each byte once in the whole launch: what one
+    with an endless cache would read. ``lines`` is ``compulsory`` in whole 64-byte lines.
     """
 
     size: int
@@ -69,9 +69,9 @@ class Profile:
 class Report:
     """Everything a launch (or several) had to say.
 
-    ``problems``: one line each, ``KIND kernel.metal:LINE `text of the line` message [where]``; one per kind and place, at most 50.
-    ``kinds``: how often each kind occurred, repeats included. ``counts``: threads, switches, simd_ops, barriers, accesses,
-    threadgroup_bytes (the largest). ``profile`` only in mode ``profile``.
+    ``problems``: one line each, ``KIND kernel.metal:LINE `text of the line` message [where]``; one per kind and place,
+    at most 50 a launch. ``kinds``: how often each kind occurred, repeats included. ``counts``: threads, switches,
+    simd_ops, barriers, accesses, threadgroup_bytes (the largest). ``profile`` only in mode ``profile``.
     """
 
     mode: str

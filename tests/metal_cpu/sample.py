@@ -1,7 +1,7 @@
 """A clean kernel for the emulator's own tests: y = dequantized(w) @ x, 2-bit codes with a scale for each 64 columns.
 
-One threadgroup of SIMDGROUPS simdgroups makes one row; it uses whatever the planted defects need: a bound check, threadgroup memory,
-a barrier, simd reductions, bit fields.
+One threadgroup of SIMDGROUPS simdgroups makes one row; it uses whatever the planted defects need: a bound check,
+threadgroup memory, a barrier, simd reductions, bit fields.
 """
 
 from __future__ import annotations

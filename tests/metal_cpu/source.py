@@ -118,7 +118,8 @@ def declare_arrays(match: re.Match[str]) -> str:
     arrays = [(head.group(2), head.group(3))]
     for other in others:
         arrays.append(re.fullmatch(r"\s*(\w+)\s*((?:\[.*\])*)\s*", other, re.S).groups())  # type: ignore[union-attr]
-    return indent + " ".join(f"MTL_THREADGROUP_ARRAY(MTL_TYPE({element}), {name}, {dims})" for name, dims in arrays)
+    declared = " ".join(f"MTL_THREADGROUP_ARRAY(MTL_TYPE({element}), {name}, {dims})" for name, dims in arrays)
+    return indent + declared + "\n" * body.count("\n")
 
 
 def rewrite(source: str) -> str:

@@ -1,4 +1,4 @@
-"""Mode ``as``: what Metal rejects at compile time. Address spaces by clang's own, casts and recursion in its LLVM text."""
+"""Mode ``as``: what Metal refuses. Address spaces by clang's own, casts and recursion in its LLVM text, and lint.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from metal_cpu.capture import Launch
 from metal_cpu.lint import lint
 from metal_cpu.source import FILE, FORBIDDEN, PRELUDE, LanguageError, translate
 
-# Warnings of clang about conversions that Metal's compiler refuses or reads in another way.
+# Warnings of clang about what Metal's compiler refuses or reads in another way.
 REFUSED_WARNINGS = re.compile(
-    r"implicit conversion .*(?:bfloat|__bf16)|-Wdouble-promotion|-Wvla|-Wuninitialized|-Wsometimes-uninitialized|variable length array"
+    r"loses floating-point precision: .* to '(?:bfloat|__bf16)|increases floating-point precision: .* to 'double'"
+    r"|-Wvla|-Wuninitialized|-Wsometimes-uninitialized"
 )
 SPACES = re.compile(r"address.space|'[^']*\b(?:device|threadgroup|constant)\b")
 DIAGNOSTIC = re.compile(rf"(?:{re.escape(FILE)}:(\d+):\d+|\S+:\d+:\d+): (?:fatal )?(error|warning): (.*)")

@@ -25,8 +25,12 @@ def after(text: str) -> dict[str, str]:
 
 ACCEPTED = {
     "the clean kernel": {},
-    "pointers with their spaces": after(" const device T* p = x; threadgroup float* q = partial; acc += float(p[0]) + float(q != nullptr);"),
-    "vectors and swizzles": after(" float4 v = float4(float2(1.0f, acc), 2.0f, 3.0f); acc += 0.0f * v.wzyx.x + dot(v.xy, v.zw);"),
+    "pointers with their spaces": after(
+        " const device T* p = x; threadgroup float* q = partial; acc += float(p[0]) + float(q != nullptr);"
+    ),
+    "vectors and swizzles": after(
+        " float4 v = float4(float2(1.0f, acc), 2.0f, 3.0f); acc += 0.0f * v.wzyx.x + dot(v.xy, v.zw);"
+    ),
     "half literals": after(" half h = 1.5h; acc += float(h) * 0.0f;"),
     "vector loads": after(" uint4 q = *(const device uint4*)w; acc += float(q.x & 0u);"),
     "template function over address spaces": {
@@ -34,25 +38,38 @@ ACCEPTED = {
         "source": edited(ACC, "float acc = 0.0f * first(x) + 0.0f * first(w_shape);"),
     },
     "constants with their space": {
-        "header": sample.HEADER + "constant constexpr uint two = 2;\nstruct Size { static constant constexpr uint n = 4; };\n",
+        "header": sample.HEADER
+        + "constant constexpr uint two = 2;\nstruct Size { static constant constexpr uint n = 4; };\n",
         "source": edited(ACC, "constexpr uint three = 3; float acc = 0.0f * float(two * three & Size::n);"),
     },
-    "products and masks are not pointers": after(" uint a = rows, b = words; acc += 0.0f * float(a * b + (a & b) + uint(a) * b);"),
+    "products and masks are not pointers": after(
+        " uint a = rows, b = words; acc += 0.0f * float(a * b + (a & b) + uint(a) * b);"
+    ),
     "constant table": {
         "header": sample.HEADER + "constant float table[4] = {0.0f, 1.0f, 2.0f, 3.0f};\n",
         "source": edited(ACC, "float acc = 0.0f * table[lane & 3];"),
     },
-    "as_type": after(" acc += 0.0f * as_type<float>(w[0] & 0x3fffffffu) + 0.0f * float(as_type<half2>(w[0] & 0x3bff3bffu).x);"),
-    "helper that is not recursive": in_header("inline uint twice(uint n) { return 2u * n; }\ninline uint four(uint n) { return twice(twice(n)); }\n"),
-}  # fmt: skip
+    "as_type": after(
+        " acc += 0.0f * as_type<float>(w[0] & 0x3fffffffu) + float(as_type<half2>(w[0] & 0x3bff3bffu).x);"
+    ),
+    "helper that is not recursive": in_header(
+        "inline uint twice(uint n) { return 2u * n; }\ninline uint four(uint n) { return twice(twice(n)); }\n"
+    ),
+}
 
 REFUSED = {
     "threadgroup pointer to device memory": ("ADDRESS-SPACE", after(" threadgroup T* p = x; acc += float(p[0]);")),
     "argument in another space": ("COMPILE", {"source": edited("x + j * 16", "spare")}),
     "pointer without a space": ("ADDRESS-SPACE", after(" const T* p = x; acc += float(p[0]);")),
     "reference drops the space": ("ADDRESS-SPACE", after(" thread const T& r = x[0]; acc += float(r);")),
-    "returned pointer drops the space": ("ADDRESS-SPACE", in_header("inline thread float* f(device float* p) { return p; }\n")),
-    "C cast to another space": ("ADDRESS-SPACE", after(" const device half* p = (const device half*)spare; acc += float(p[0]);")),
+    "returned pointer drops the space": (
+        "ADDRESS-SPACE",
+        in_header("inline thread float* f(device float* p) { return p; }\n"),
+    ),
+    "C cast to another space": (
+        "ADDRESS-SPACE",
+        after(" const device half* p = (const device half*)spare; acc += float(p[0]);"),
+    ),
     "write through a const input": ("COMPILE", after(" x[0] = T(0);")),
     "double": ("COMPILE", {"source": edited(ACC, "double acc = 0.0f;")}),
     "std::": ("COMPILE", after(" std::size_t z = 0; acc += z;")),
@@ -61,22 +78,35 @@ REFUSED = {
     "goto": ("COMPILE", after(" goto end; end: acc += 0.0f;")),
     "virtual": ("COMPILE", in_header("struct B { virtual float f() { return 0; } };\n")),
     "a header of C++": ("COMPILE", {"header": "#include <vector>\n" + sample.HEADER}),
-    "recursion": ("RECURSION", {
-        "header": sample.HEADER + "inline uint rec(uint n) { return n > 1u ? n * rec(n - 1) + rec(n / 2u) : 1u; }\n",
-        "source": edited(ACC, "float acc = 0.0f * float(rec(rows));"),
-    }),
+    "recursion": (
+        "RECURSION",
+        {
+            "header": sample.HEADER
+            + "inline uint rec(uint n) { return n > 1u ? n * rec(n - 1) + rec(n / 2u) : 1u; }\n",
+            "source": edited(ACC, "float acc = 0.0f * float(rec(rows));"),
+        },
+    ),
     "64-bit simd_sum": ("COMPILE", after(" acc += float(simd_sum(ulong(lane)));")),
     "atomic half": ("COMPILE", after(" threadgroup atomic<half> c[1];")),
     "as_type of another size": ("COMPILE", after(" acc += as_type<float>(ushort(3));")),
     "initialised threadgroup array": ("LANGUAGE", {"source": edited("spare[4];", "spare[4] = {0};")}),
-    "threadgroup array in a helper": ("LANGUAGE", in_header("inline float f() {\n  threadgroup float t[4];\n  return t[0];\n}\n")),
+    "threadgroup array in a helper": (
+        "LANGUAGE",
+        in_header("inline float f() {\n  threadgroup float t[4];\n  return t[0];\n}\n"),
+    ),
     "float becomes bfloat": ("COMPILE", after(" bfloat b = acc; acc += float(b);")),
     "half becomes bfloat": ("COMPILE", after(" half h = 1.0h; bfloat b = h; acc += float(b);")),
     "misspelt position": ("COMPILE", {"source": edited("thread_index_in_simdgroup", "thread_index_in_simd_group")}),
     "unknown simd operation": ("COMPILE", {"source": edited("acc = simd_sum(acc);", "acc = simd_median(acc);")}),
     "pointer to a local without a space": ("LANGUAGE", after(" float* p = &acc; p[0] += 1.0f;")),
-    "reference parameter without a space": ("LANGUAGE", in_header("template <typename T> inline void f(T& a, const uint b) { a += b; }\n")),
-    "struct reference without a space": ("LANGUAGE", in_header("struct Pair { uint a; };\ninline uint f(const Pair& p) { return p.a; }\n")),
+    "reference parameter without a space": (
+        "LANGUAGE",
+        in_header("template <typename T> inline void f(T& a, const uint b) { a += b; }\n"),
+    ),
+    "struct reference without a space": (
+        "LANGUAGE",
+        in_header("struct Pair { uint a; };\ninline uint f(const Pair& p) { return p.a; }\n"),
+    ),
     "cast to a pointer without a space": ("LANGUAGE", after(" acc += *(float*)&acc;")),
     "global that is not constant": ("LANGUAGE", in_header("constexpr float half_pi = 1.5f;\n")),
     "static member that is not constant": ("LANGUAGE", in_header("struct Size { static constexpr uint n = 4; };\n")),
@@ -88,7 +118,7 @@ REFUSED = {
     "transcendental of an integer": ("COMPILE", after(" acc += float(exp(rows));")),
     "min of two types": ("COMPILE", after(" acc += float(min(rows, 3));")),
     "too many vector components": ("COMPILE", after(" float2 v = float2(acc, acc, acc); acc += v.x;")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

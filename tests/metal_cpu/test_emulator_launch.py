@@ -1,4 +1,4 @@
-"""Launches: positions, partial groups, buffers beyond 4 GiB, small inputs, several kernels, initial values, whole functions."""
+"""Launches: positions, edges, buffers beyond 4 GiB, small inputs, several kernels, initial values, whole functions."""
 
 from typing import Any
 
@@ -72,8 +72,8 @@ def test_scalars_small_inputs_and_shapes_are_bound():
     probe = kernel(source, ["x", "s", "small"], ["y"])
 
     def launch(x, s, small):
-        return probe(inputs=[x, s, small], template=[("T", x.dtype)], grid=(20, 1, 1), threadgroup=(32, 1, 1), output_shapes=[x.shape],
-                     output_dtypes=[x.dtype])[0]  # fmt: skip
+        size = {"grid": (20, 1, 1), "threadgroup": (32, 1, 1), "output_shapes": [x.shape], "output_dtypes": [x.dtype]}
+        return probe(inputs=[x, s, small], template=[("T", x.dtype)], **size)[0]
 
     x = np.arange(20, dtype=np.float32).reshape(4, 5)
     y, report = emulate(launch, x, mx.array(3.0), mx.array([1.0, 2.0, 4.0]), mode="check")

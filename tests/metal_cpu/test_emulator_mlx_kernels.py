@@ -1,4 +1,4 @@
-"""MLX's own production kernels, from the headers of the installed wheel: code known to work on Macs must be right here, and clean."""
+"""MLX's own kernels, from the installed wheel: what works on Macs must be right here, and without problems."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ KERNELS = "mlx/backend/metal/kernels/"
 GROUP_SIZE = 64
 # What MLX's text includes and the emulator's headers have already, or what no quantized kernel needs.
 SKIPPED = ("bf16_math.h", "logging.h", "complex.h", "nax")
-COMPLEX = "struct complex64_t { float real, imag; template <class... A> constexpr complex64_t(A...) : real(0), imag(0) {} };\n"
+COMPLEX = "struct complex64_t { float real, imag; template <class... A> constexpr complex64_t(A...) : real(0) {} };\n"
 PRELUDE = f'#include "metal_cpu.h"\nusing namespace metal;\n{COMPLEX}'
 
 

@@ -53,9 +53,9 @@ PRICES = {
     "as_type<uint>(as_type<float>(v) * 3.0f)": {"fmul": 1},
     "as_type<uint>(as_type<float>(v) * 3.0f + 1.0f)": {"fadd": 1},  # fused
     "as_type<uint>(fma(as_type<float>(v), 3.0f, 1.0f))": {"fma": 1},
-    "as_type<uint>(fma(float(as_type<half2>(v).x), 3.0f, float(as_type<half2>(v).y)))": {"fma": 1},  # halves are operands
+    "as_type<uint>(fma(float(as_type<half2>(v).x), 3.0f, float(as_type<half2>(v).y)))": {"fma": 1},
     "as_type<uint>(fast::exp(as_type<float>(v)))": {"expf": 8},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("expression", PRICES)
@@ -68,8 +68,8 @@ def test_slots(expression):
 
 
 def test_loops_and_branches_count_as_often_as_they_run():
-    source = "uint v = 0;\n#pragma clang loop unroll(disable)\nfor (uint j = 0; j < 8; j++) v = (v ^ x[i + 64 * j]) * 7u; y[i] = v;"
-    found = profile(source)
+    loop = "for (uint j = 0; j < 8; j++) v = (v ^ x[i + 64 * j]) * 7u;"
+    found = profile(f"uint v = 0;\n#pragma clang loop unroll(disable)\n{loop} y[i] = v;")
     assert found.slots["device read"] == 2 * 8
     assert found.slots["mul"] == 2 * 8 * 4
     assert found.buffers["x"].compulsory == 4 * 8 * THREADS
@@ -101,11 +101,12 @@ def test_written_bytes():
 
 def test_bank_conflicts_of_threadgroup_memory():
     """Stride 1: one pass over the banks; stride 2: two; all lanes one word: one."""
+    fill = "threadgroup uint t[1024]; for (uint j = lane; j < 1024; j += 32) t[j] = 0;"
+    barrier = "simdgroup_barrier(mem_flags::mem_threadgroup);"
     for stride, passes in ((1, 1), (2, 2), (32, 32), (0, 1)):
-        source = f"threadgroup uint t[1024]; t[lane] = 0; simdgroup_barrier(mem_flags::mem_threadgroup); y[i] = t[lane * {stride}] + x[i];"
-        if stride > 1:
-            source = source.replace("t[lane] = 0;", "for (uint j = lane; j < 1024; j += 32) t[j] = 0;")
-        assert profile(source).slots["threadgroup read"] == 2 * 4 * passes
+        assert (
+            profile(f"{fill} {barrier} y[i] = t[lane * {stride}] + x[i];").slots["threadgroup read"] == 2 * 4 * passes
+        )
 
 
 def test_idle_lanes_lower_the_efficiency():

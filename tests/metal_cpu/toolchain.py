@@ -102,8 +102,8 @@ def runtime_library() -> Path:
     if not library.exists():
         sources = sorted(str(f) for f in HERE.glob("runtime/*.cpp"))
         made = library.with_suffix(f".{os.getpid()}")
-        checked([str(tool("clang++")), "-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fuse-ld=lld", f"-Wl,-soname,{library}",
-                 *sources, "-o", str(made)])  # fmt: skip
+        flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fuse-ld=lld", f"-Wl,-soname,{library}"]
+        checked([str(tool("clang++")), *flags, *sources, "-o", str(made)])
         made.replace(library)
     return library
 
