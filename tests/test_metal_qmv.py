@@ -7,10 +7,10 @@ import pytest
 from metal_cases import TOLERANCE, assert_close, make_case
 
 from tiny_qmoe_mlx import metal
-from tiny_qmoe_mlx.codecs import trellis
 
 pytestmark = metal_cpu.required
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+LENGTHS = [12, pytest.param(14, marks=pytest.mark.slow), 16]  # the slow one differs from 12 in a constant
 PICKS = {1: (1, 3), 2: (2, 3), 5: (5, 2), 8: (8, 8)}  # tokens -> shape of the router's indices
 
 
@@ -45,7 +45,7 @@ def rows(rng, count, columns):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", trellis.LENGTHS)
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("count", [1, 5])
 def test_every_instance_of_qmv_at_every_rate(rng, dtype, length, count):
     case = make_case(rng, d=70, middle=520, experts=9, length=length, rates=range(8), bias=count == 5)
@@ -54,7 +54,7 @@ def test_every_instance_of_qmv_at_every_rate(rng, dtype, length, count):
 
 
 @pytest.mark.parametrize("name", metal.ACTIVATIONS)
-@pytest.mark.parametrize("length", trellis.LENGTHS)
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_instance_of_gate_up_at_every_rate(rng, name, length, count):
     case = make_case(rng, d=520, middle=40, experts=9, name=name, length=length, rates=range(8), bias=count == 2)

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import models, native, ops, plan
+from tiny_qmoe_mlx import expert_kind, models, native, plan
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import Settings, convert
 from tiny_qmoe_mlx.generate import stream_generate
@@ -138,7 +138,7 @@ def test_activation_outside_the_fused_list_is_computed_by_its_module(converted, 
     directory = converted("olmoe")
     model, _ = models.load(directory, memory=budget(directory, 1), context=512)
     fused = logits(model, prompt(4))
-    monkeypatch.setattr(ops, "fused_activation", lambda activation, matrices: None)
+    monkeypatch.setattr(expert_kind, "fused_activation", lambda activation, matrices: None)
     other, _ = models.load(directory, memory=budget(directory, 1), context=512)
     assert_close(logits(other, prompt(4)), fused, LOGIT_TOLERANCE)
     assert set(other.tiny_qmoe.dispatch.counts) == {"decode native"}

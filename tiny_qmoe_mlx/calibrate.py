@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.ops import ExpertKind
+from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.quantize import ExpertInputs, blend
 
 STARVED = 4  # an expert with fewer tokens than this many times its width also sees tokens that were not routed to it

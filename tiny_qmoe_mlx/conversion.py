@@ -21,6 +21,7 @@ from tiny_qmoe_mlx import calibrate, checkpoint, native, ops
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import bits_per_weight, write_experts_file, write_manifest
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.quantize import quantize_layer, record_bytes_for
 from tiny_qmoe_mlx.spec import CODEC, FORMAT_VERSION, LayerSpec, ModelSpec, expert_file_name
@@ -272,7 +273,7 @@ def _write_experts(
     def finish(
         found: checkpoint.ExpertLayer, layer: LayerSpec, tokens: calibrate.LayerTokens | None
     ) -> list[np.ndarray]:
-        kind = ops.expert_kind(layer, spec, found.module.activation)
+        kind = expert_kind(layer, spec, found.module.activation)
         records: list[np.ndarray] = []
         made = quantize_records(found, layer, kind, tokens, settings)
         write_experts_file(directory, layer, spec.alignment, counted(made, records))
@@ -295,7 +296,7 @@ def _run_tokens(
     def reached(module: QuantizingExperts, tokens: calibrate.LayerTokens) -> np.ndarray:
         found, layer = module.take_source(), module._spec
         passed.append(found.path)
-        kind = ops.expert_kind(layer, spec, found.module.activation)
+        kind = expert_kind(layer, spec, found.module.activation)
         return layer_output(finish(found, layer, tokens), tokens, kind)
 
     stand_ins = [(f.path, QuantizingExperts(f, s, reached)) for f, s in zip(layers, spec.layers, strict=True)]
@@ -316,7 +317,7 @@ def _run_tokens(
 def quantize_records(
     found: checkpoint.ExpertLayer,
     layer: LayerSpec,
-    kind: ops.ExpertKind,
+    kind: ExpertKind,
     tokens: calibrate.LayerTokens | None,
     settings: Settings,
 ) -> Iterable[np.ndarray]:
@@ -335,7 +336,7 @@ def quantize_records(
         raise ValueError(f"{found.path}: {error}") from error
 
 
-def layer_output(records: list[np.ndarray], tokens: calibrate.LayerTokens, kind: ops.ExpertKind) -> np.ndarray:
+def layer_output(records: list[np.ndarray], tokens: calibrate.LayerTokens, kind: ExpertKind) -> np.ndarray:
     """What the compressed experts give for the tokens, float32 (tokens, k, d)."""
     z = rotation.rotate(tokens.x, kind.sign_in)
     out = np.empty((*tokens.chosen.shape, kind.matrices[-1][1]), np.float32)

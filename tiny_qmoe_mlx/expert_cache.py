@@ -21,8 +21,9 @@ class Pool:
     """Slots for records of one size in one MLX array, so that a GPU kernel may read what `preadv` wrote.
 
     Attributes:
-        data: u8 (slots * record_bytes,), a writable view; slot 0 begins at a page.
-        slot_of: slot of each resident (layer, expert), least recently used first.
+        data: u8 (slots * record_bytes,), a writable view of `array` from byte `base` on; slot 0 begins at a page.
+        slot_of: slot of each (layer, expert) in memory, least recently used first.
+        resident: every expert of this size has its slot for good.
     """
 
     def __init__(self, record_bytes: int, slots: int):
@@ -31,8 +32,9 @@ class Pool:
         self.array = mx.zeros(record_bytes * slots + PAGE, dtype=mx.uint8)
         mx.eval(self.array)
         whole = np.asarray(self.array)
-        start = -whole.ctypes.data % PAGE
-        self.data = whole[start : start + record_bytes * slots]
+        self.base = -whole.ctypes.data % PAGE
+        self.data = whole[self.base : self.base + record_bytes * slots]
+        self.resident = False
         self.slot_of: OrderedDict[tuple[int, int], int] = OrderedDict()
         self.pins: dict[tuple[int, int], int] = {}
         self.free = list(range(slots - 1, -1, -1))
@@ -77,6 +79,13 @@ class ExpertCache:
             self._fill(layer, list(range(spec.experts)))
             self.release(layer, range(spec.experts))
             progress(spec.experts)
+        for pool in self.pools.values():
+            pool.resident = True
+
+    def slots(self, layer: int) -> np.ndarray:
+        """Slot of each expert of a layer, int64 (experts,); 0 for those that are not in memory."""
+        held = self.pool_of_layer[layer].slot_of
+        return np.array([held.get((layer, e), 0) for e in range(self.store.container.spec.layers[layer].experts)])
 
     def acquire(self, layer: int, experts: list[int]) -> np.ndarray:
         """Bring experts into memory and pin them.

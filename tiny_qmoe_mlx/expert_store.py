@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import xxhash
 
-from tiny_qmoe_mlx import ops
 from tiny_qmoe_mlx.container import CHECKSUM_BYTES, Container
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_kind import ExpertKind, check_record
 
 
 class ExpertStore:
@@ -22,7 +22,7 @@ class ExpertStore:
         records_read, bytes_read: since opening.
     """
 
-    def __init__(self, container: Container, kinds: list[ops.ExpertKind]):
+    def __init__(self, container: Container, kinds: list[ExpertKind]):
         self.container = container
         self.kinds = kinds
         self.records_read = 0
@@ -75,7 +75,7 @@ class ExpertStore:
                     f"[{where}] the record's checksum does not match its bytes: the file is damaged; "
                     "copy it again, or convert the model again."
                 )
-        ops.check_record(record, self.kinds[layer], where)
+        check_record(record, self.kinds[layer], where)
         with self._lock:
             self._checked.add((layer, expert))
 

@@ -132,9 +132,16 @@ def _implied(w: np.ndarray, error: np.ndarray, feedback: list[np.ndarray]) -> np
 
 
 def _round_group(
-    out: Encoded, g: int, goal: np.ndarray, rates: np.ndarray, row_gain: np.ndarray, rows: int, length: int, encode: Encoder
+    out: Encoded,
+    g: int,
+    goal: np.ndarray,
+    rates: np.ndarray,
+    row_gain: np.ndarray,
+    rows: int,
+    length: int,
+    encode: Encoder,
 ) -> None:
-    """Encode one group of 16 columns, goal (n, R, 16), of all matrices: a call of the encoder for each rate among them."""
+    """Encode 16 columns, goal (n, R, 16), of all matrices: a call of the encoder for each rate among them."""
     for rate in np.unique(rates[rates > 0]):
         chosen = np.flatnonzero(rates == rate)
         scaled = goal[chosen] / row_gain[chosen, :, None]

@@ -14,6 +14,8 @@ import numpy as np
 from tiny_qmoe_mlx import native, ops
 from tiny_qmoe_mlx.codecs import rotation
 from tiny_qmoe_mlx.expert_cache import ExpertCache
+from tiny_qmoe_mlx.expert_kind import ExpertKind
+from tiny_qmoe_mlx.metal import Records
 
 
 @dataclass
@@ -23,15 +25,28 @@ class Memory:
     cache: ExpertCache
     dispatch: ops.Dispatch = field(default_factory=ops.Dispatch)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    in_flight: list[tuple[mx.array, int, list[int]]] = field(default_factory=list)
+
+    def hold(self, y: mx.array, layer: int, experts: list[int]) -> None:
+        """Keep experts pinned while a GPU may still read them for y."""
+        self.in_flight.append((y, layer, experts))
+
+    def settle(self) -> None:
+        """Wait for what was held (by the time that a later layer asks, it is done) and give its pins back."""
+        while self.in_flight:
+            y, layer, experts = self.in_flight.pop()
+            mx.eval(y)
+            self.cache.release(layer, experts)
 
 
 class TrellisExperts(nn.Module):
     """A layer of routed experts that lives in an ExpertCache; it has no parameters of its own."""
 
-    def __init__(self, index: int, kind: ops.ExpertKind):
+    def __init__(self, index: int, kind: ExpertKind):
         super().__init__()
         self._index = index
         self._kind = kind
+        self._resident_records: Records | None = None
 
     def attach(self, memory: Memory) -> None:
         """Connect the layer with the memory it computes from."""
@@ -39,6 +54,8 @@ class TrellisExperts(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x (..., d), indices int (..., k) -> (..., k, d) in x's dtype."""
+        if ops.on_gpu():
+            return self._on_gpu(x, indices)
         mx.eval(x, indices)  # the one host round trip of a layer: the CPU computes, and the disk needs the indices
         tokens = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         chosen = np.array(indices).astype(np.int64).reshape(len(tokens), -1)
@@ -46,11 +63,11 @@ class TrellisExperts(nn.Module):
             y = self._few(tokens, chosen) if len(tokens) <= ops.DECODE_TOKENS else self._many(tokens, chosen)
         return mx.array(y).reshape(*indices.shape, -1).astype(x.dtype)
 
-    def _groups(self, chosen: np.ndarray) -> list[np.ndarray]:
-        """Distinct experts in file order, in groups that fit the pool at once."""
+    def _groups(self, chosen: np.ndarray, most: int = 1 << 30) -> list[np.ndarray]:
+        """Distinct experts in file order, in groups that fit the pool at once, of at most `most`."""
         distinct = np.unique(chosen)
-        slots = self._memory.cache.pool_of_layer[self._index].slots
-        return [distinct[i : i + slots] for i in range(0, len(distinct), slots)]
+        size = min(most, self._memory.cache.pool_of_layer[self._index].slots)
+        return [distinct[i : i + size] for i in range(0, len(distinct), size)]
 
     def _few(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Decode: all picks of a group of experts in one product, straight from the records."""
@@ -63,7 +80,9 @@ class TrellisExperts(nn.Module):
             offsets = cache.acquire(self._index, experts)
             mine = np.flatnonzero(np.isin(flat, group))
             picks = ops.Picks(offsets[np.searchsorted(group, flat[mine])], rows[mine])
-            out[mine] = ops.decode_product(pool.data, picks, tokens, self._kind, pool.record_bytes, self._memory.dispatch)
+            out[mine] = ops.decode_product(
+                pool.data, picks, tokens, self._kind, pool.record_bytes, self._memory.dispatch
+            )
             cache.release(self._index, experts)
         return out
 
@@ -81,6 +100,49 @@ class TrellisExperts(nn.Module):
                 out[token, place] = ops.expert_product(record, z[token], self._kind, self._memory.dispatch)
             cache.release(self._index, experts)
         return out
+
+    def _on_gpu(self, x: mx.array, indices: mx.array) -> mx.array:
+        memory, pool = self._memory, self._memory.cache.pool_of_layer[self._index]
+        few = x.size // x.shape[-1] <= ops.DECODE_TOKENS
+        with memory.lock:
+            if few and pool.resident:
+                return ops.gpu_few(x, indices, self._records(), self._kind, memory.dispatch)
+            mx.eval(indices)  # the one host round trip of a layer that is not resident
+            memory.settle()
+            distinct = np.unique(np.array(indices))
+            if few and len(distinct) <= pool.slots:
+                experts = distinct.tolist()
+                memory.cache.acquire(self._index, experts)
+                y = ops.gpu_few(x, indices, self._records(), self._kind, memory.dispatch)
+                memory.hold(y, self._index, experts)
+                return y
+            return self._grouped_on_gpu(x, np.array(indices))
+
+    def _records(self) -> Records:
+        cache, pool = self._memory.cache, self._memory.cache.pool_of_layer[self._index]
+        if self._resident_records is None or not pool.resident:
+            slots = cache.slots(self._index)
+            self._resident_records = ops.gpu_records(pool.array, pool.base, pool.record_bytes, slots)
+        return self._resident_records
+
+    def _grouped_on_gpu(self, x: mx.array, indices: np.ndarray) -> mx.array:
+        """Prefill, or more experts than slots: group by group in file order, each expert read and decoded once."""
+        memory = self._memory
+        chosen = indices.reshape(-1, indices.shape[-1]).astype(np.int64)
+        flat = chosen.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        z = ops.gpu_rotate(x.reshape(len(chosen), -1), self._kind)
+        parts = []
+        for group in self._groups(chosen, ops.gpu_group_size(self._kind)):
+            experts, picks = group.tolist(), order[np.isin(flat[order], group)]
+            memory.cache.acquire(self._index, experts)
+            records, rows = self._records(), picks // chosen.shape[1]
+            y = ops.gpu_many(z, group, flat[picks], rows, records, self._kind, memory.dispatch)
+            mx.eval(y)
+            memory.cache.release(self._index, experts)
+            parts.append(y)
+        y = mx.concatenate(parts)[mx.array(np.argsort(order).astype(np.int32))]
+        return y.reshape(*indices.shape, -1)
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):

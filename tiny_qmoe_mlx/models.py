@@ -17,13 +17,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import checkpoint, ops
+from tiny_qmoe_mlx import checkpoint
 from tiny_qmoe_mlx.container import Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import ExpertCache
+from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.expert_store import ExpertStore
 from tiny_qmoe_mlx.layers import Memory, TrellisExperts, use_cpu_kernels
-from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
+from tiny_qmoe_mlx.spec import ModelSpec
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -120,7 +121,7 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
                 f"[config.json] {layer.path} should have {received} (experts, matrices, bias) by the model's config, "
                 f"tiny_qmoe says {(layer.experts, layer.matrices, layer.bias)}; convert the model again."
             )
-        swapped.append((layer.path, TrellisExperts(index, ops.expert_kind(layer, spec, found.module.activation))))
+        swapped.append((layer.path, TrellisExperts(index, expert_kind(layer, spec, found.module.activation))))
     model.update_modules(tree_unflatten(swapped))
 
 

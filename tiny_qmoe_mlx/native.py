@@ -16,9 +16,9 @@ from tiny_qmoe_mlx.codecs.rotation import padded_columns
 from tiny_qmoe_mlx.codecs.trellis import LENGTHS, PLANES, ROW_TILE, TILE_COLUMNS, padded_rows
 
 INTERFACE_VERSION = 1
-SILU, GELU_TANH, SWIGLU_OAI, RELU2 = "silu", "gelu_tanh", "swigluoai", "relu2"
+SILU, GELU_TANH, SWIGLU_OAI, RELU2 = "silu", "gelu_tanh", "swiglu_oai", "relu2"
 ACTIVATIONS = (SILU, GELU_TANH, SWIGLU_OAI, RELU2)
-_MEMORY, _RECORD = 1, 2
+_MEMORY, _RECORD, _RANGE = 1, 2, 4
 
 
 def _candidates() -> list[Path]:
@@ -255,15 +255,19 @@ def _picks(
     offsets = _array(where, "offsets", offsets, np.int64, (None,))
     x = _array(where, "x", x, np.float32, (None, None))
     rows_of = _array(where, "rows_of", rows_of, np.int32, offsets.shape)
-    if offsets.size and not (0 <= offsets.min() and offsets.max() < pool.size):
-        raise ValueError(
-            f"[native.{where}] offsets should lie in 0 to {pool.size - 1}, received {offsets.min()} to {offsets.max()}."
-        )
-    if rows_of.size and not (0 <= rows_of.min() and rows_of.max() < len(x)):
-        raise ValueError(
-            f"[native.{where}] rows_of should lie in 0 to {len(x) - 1}, received {rows_of.min()} to {rows_of.max()}."
-        )
     return pool, offsets, x, rows_of
+
+
+def _check_picks(
+    where: str, status: int, pool: np.ndarray, offsets: np.ndarray, x: np.ndarray, rows_of: np.ndarray
+) -> None:
+    """Say which pick lies outside: the library has looked at all of them, faster than numpy."""
+    if status == _RANGE:
+        for name, values, end in (("offsets", offsets, pool.size), ("rows_of", rows_of, len(x))):
+            low, high = int(values.min()), int(values.max())
+            if not 0 <= low <= high < end:
+                raise ValueError(f"[native.{where}] {name} should lie in 0 to {end - 1}, received {low} to {high}.")
+    _check(where, status)
 
 
 def gather_qmv(
@@ -305,7 +309,7 @@ def gather_qmv(
         *(_pointer(pool), pool.size, _pointer(offsets), offsets.size, matrix),
         *(_pointer(x), *x.shape, _pointer(rows_of), _pointer(sign), rows, _pointer(out)),
     )
-    _check("gather_qmv", status)
+    _check_picks("gather_qmv", status, pool, offsets, x, rows_of)
     return out
 
 
@@ -353,7 +357,7 @@ def gather_moe(
         *(_pointer(rows_of), _pointer(sign_in), _pointer(sign_mid)),
         *(ACTIVATIONS.index(activation), alpha, limit, _pointer(out)),
     )
-    _check("gather_moe", status)
+    _check_picks("gather_moe", status, pool, offsets, x, rows_of)
     return out
 
 

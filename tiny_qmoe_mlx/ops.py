@@ -1,70 +1,24 @@
 """What a layer of experts computes, straight from compressed records: a fused product for a few tokens (decode), and a
 product of many tokens with one decoded expert (prefill).
 
-The rule of dispatch: the C++ library where it was built, numpy where it was not; each call is counted by the path it
-took. Inputs and outputs are float32 numpy arrays; records are bytes that `check_record` has passed.
+The rule of dispatch: Metal where MLX computes on an Apple GPU; elsewhere the C++ library where it was built, and numpy
+where it was not; each call is counted by the path it took. On the CPU inputs and outputs are float32 numpy arrays, on
+the GPU lazy MLX arrays. Records are bytes that `check_record` has passed.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import native
+from tiny_qmoe_mlx import metal, native
 from tiny_qmoe_mlx.codecs import rotation, trellis
-from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
+from tiny_qmoe_mlx.expert_kind import ExpertKind
 
 DECODE_TOKENS = 8  # up to so many tokens are multiplied straight from the records
-DENSE_BYTES = 16 << 20  # of decoded weights held at once in prefill
-
-
-@dataclass(frozen=True)
-class ExpertKind:
-    """What all experts of a layer have in common.
-
-    matrices: (name, rows, columns) of gate, up, down, or fc1, fc2; length: L of the trellis; seed and layer: of the rotation's signs;
-    activation: the module's own; called (up, gate), or (hidden) where there are two matrices.
-    """
-
-    matrices: tuple[tuple[str, int, int], ...]
-    bias: bool
-    length: int
-    seed: int
-    layer: int
-    activation: nn.Module
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return [(rows, columns) for _, rows, columns in self.matrices]
-
-    @cached_property
-    def sign_in(self) -> np.ndarray:
-        return rotation.signs(self.seed, self.layer, 0, self.matrices[0][2])
-
-    @cached_property
-    def sign_mid(self) -> np.ndarray:
-        return rotation.signs(self.seed, self.layer, 1, self.matrices[-1][2])
-
-    @cached_property
-    def fused(self) -> tuple[str, float, float] | None:
-        """The activation's name in the C++ library with its alpha and limit, or None: then the module's own is
-        called.
-        """
-        return fused_activation(self.activation, len(self.matrices))
-
-    def activate(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The module's own activation of [gate, up] or [fc1's output]."""
-        arrays = [mx.array(p) for p in reversed(parts)]
-        return np.array(self.activation(*arrays))
-
-
-def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ExpertKind:
-    """What a layer's experts have in common, from the container's words and the module's activation."""
-    return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation)
+DENSE_BYTES = 16 << 20  # of decoded weights held at once in prefill on the CPU
+GPU_DENSE_BYTES = 64 << 20  # and on a GPU, which needs several experts to be busy
 
 
 @dataclass
@@ -79,40 +33,9 @@ class Picks:
 
 @dataclass
 class Dispatch:
-    """Counts of the paths taken: fused, unfused and numpy decode, native and numpy prefill."""
+    """Counts of the paths taken, per layer and step: Metal, native (fused or not) or numpy; decode or prefill."""
 
     counts: Counter = field(default_factory=Counter)
-
-
-def fused_activation(activation: nn.Module, matrices: int) -> tuple[str, float, float] | None:
-    """(name, alpha, limit) of an activation that the C++ library fuses; matched by mlx-lm's classes, not by name."""
-    from mlx_lm.models.switch_layers import SwiGLU
-
-    try:
-        from mlx_lm.models.activations import SwigluOAI
-    except ImportError:  # before mlx-lm 0.32
-        from mlx_lm.models.gpt_oss import SwiGLU as SwigluOAI
-
-    if matrices == 3 and type(activation) is SwiGLU:
-        return native.SILU, 0.0, 0.0
-    if matrices == 3 and type(activation) is SwigluOAI:
-        return native.SWIGLU_OAI, getattr(activation, "_alpha", 1.702), getattr(activation, "_limit", 7.0)
-    return None
-
-
-def check_record(data: np.ndarray, kind: ExpertKind, where: str) -> None:
-    """Refuse a record that a kernel must not see.
-
-    Raises:
-        FormatError: naming `where` and what is wrong.
-    """
-    if native.available() and native.check_record(data, kind.shapes, kind.bias) and data[6] == kind.length:
-        return
-    trellis.parse(data, kind.shapes, kind.bias, where, kind.length)
-    if native.available():
-        raise FormatError(
-            f"[{where}] the record is refused by the C++ library; run verify, then convert the model again."
-        )
 
 
 def decode_product(
@@ -188,3 +111,64 @@ def _matrix_product(record: np.ndarray, matrix: int, z: np.ndarray, kind: Expert
         np.matmul(z, trellis.decode_matrix(parsed.matrices[matrix], parsed.length)[:rows].T, out=out)
     bias = parsed.matrices[matrix].bias
     return out if bias is None else out + bias[:rows].astype(np.float32)
+
+
+# ---- on an Apple GPU
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on an Apple GPU: then experts are computed by the Metal kernels."""
+    return metal.available()
+
+
+def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray) -> metal.Records:
+    """Where a layer's records lie in a pool.
+
+    Args:
+        pool: u8, whose slot 0 begins `base` bytes from its start.
+        slots: int (experts,), the slot of each expert; those that are not resident may hold any slot.
+    """
+    units = slots.astype(np.int64) * (record_bytes // trellis.UNIT)
+    return metal.Records(pool, mx.array(units.astype(np.uint32)), base)
+
+
+def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKind, dispatch: Dispatch) -> mx.array:
+    """Decode: x (..., d) of at most DECODE_TOKENS tokens, indices (..., k) -> (..., k, d) in x's dtype, lazily."""
+    dispatch.counts["decode metal"] += 1
+    return metal.experts(x, indices, records, kind.for_metal)
+
+
+def gpu_many(
+    z: mx.array,
+    experts: np.ndarray,
+    of: np.ndarray,
+    rows: np.ndarray,
+    records: metal.Records,
+    kind: ExpertKind,
+    dispatch: Dispatch,
+) -> mx.array:
+    """Prefill: picks of a group of experts, each decoded once.
+
+    Args:
+        z: (tokens, padded d), rotated inputs.
+        experts: int (n,), ascending.
+        of, rows: int (picks,), the expert and the token of each pick, sorted by expert.
+
+    Returns:
+        (picks, d) in z's dtype, lazily.
+    """
+    dispatch.counts["prefill metal"] += 1
+    place = mx.array(np.searchsorted(experts, of).astype(np.uint32))
+    ids = mx.array(experts.astype(np.uint32))
+    return metal.expert_group(z, mx.array(rows.astype(np.int32)), place, ids, records, kind.for_metal)
+
+
+def gpu_group_size(kind: ExpertKind) -> int:
+    """How many experts are decoded at once in prefill: one matrix of each within GPU_DENSE_BYTES at 16 bits."""
+    largest = max(rows * columns for rows, columns in kind.shapes)
+    return max(1, GPU_DENSE_BYTES // (2 * largest))
+
+
+def gpu_rotate(x: mx.array, kind: ExpertKind) -> mx.array:
+    """The inputs of `gpu_many`: x (tokens, d) rotated, in x's dtype."""
+    return metal.rotate(x, kind.for_metal.bits_in, x.dtype)

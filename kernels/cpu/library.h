@@ -34,7 +34,7 @@ struct Activation {
   float alpha, limit;
 };
 
-// Both return TQ_OK, TQ_RECORD or TQ_SHAPE.
+// Both return TQ_OK, TQ_RECORD, TQ_SHAPE or TQ_RANGE.
 int gather_qmv(const Gather& g, int matrix, int64_t rows, float* y);
 int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation,
                float* y);

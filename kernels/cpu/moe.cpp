@@ -34,17 +34,24 @@ struct Picks {
   std::vector<Group> groups;
 };
 
-// False if a record is unsound or a pick points outside.
-bool collect(const Gather& g, Picks* out) {
+bool in_range(const Gather& g) {
+  for (int64_t p = 0; p < g.picks; ++p) {
+    if (g.offsets[p] < 0 || static_cast<uint64_t>(g.offsets[p]) >= g.pool_bytes) return false;
+    if (g.rows_of[p] < 0 || g.rows_of[p] >= g.tokens) return false;
+  }
+  return true;
+}
+
+int collect(const Gather& g, Picks* out) {
+  if (!in_range(g)) return TQ_RANGE;
   out->order.resize(static_cast<size_t>(g.picks));
   std::iota(out->order.begin(), out->order.end(), 0);
   std::stable_sort(out->order.begin(), out->order.end(),
                    [&](int64_t a, int64_t b) { return g.offsets[a] < g.offsets[b]; });
   for (int64_t i = 0; i < g.picks;) {
     const int64_t offset = g.offsets[out->order[i]];
-    if (offset < 0 || static_cast<uint64_t>(offset) >= g.pool_bytes) return false;
     Group group;
-    if (!parse_record(g.pool + offset, g.pool_bytes - offset, false, &group.record)) return false;
+    if (!parse_record(g.pool + offset, g.pool_bytes - offset, false, &group.record)) return TQ_RECORD;
     int64_t end = i;
     while (end < g.picks && g.offsets[out->order[end]] == offset) ++end;
     for (; i < end; i += group.tokens) {
@@ -53,10 +60,7 @@ bool collect(const Gather& g, Picks* out) {
       out->groups.push_back(group);
     }
   }
-  for (int64_t p = 0; p < g.picks; ++p) {
-    if (g.rows_of[p] < 0 || g.rows_of[p] >= g.tokens) return false;
-  }
-  return true;
+  return TQ_OK;
 }
 
 // Every token, padded and rotated: [tokens][padded columns].
@@ -133,7 +137,7 @@ void each_tile(Turn& turn, const Group* groups, int64_t count, int index, Work&&
 
 int gather_qmv(const Gather& g, int matrix, int64_t rows, float* y) {
   Picks picks;
-  if (!collect(g, &picks)) return TQ_RECORD;
+  if (int status = collect(g, &picks)) return status;
   for (const Group& group : picks.groups) {
     if (matrix < 0 || matrix >= group.record.matrices) return TQ_SHAPE;
     const MatrixView& m = group.record.matrix[matrix];
@@ -259,7 +263,7 @@ class Moe {
 int gather_moe(const Gather& g, int64_t middle, int64_t out_rows, const float* sign_mid, const Activation& activation,
                float* y) {
   Picks picks;
-  if (!collect(g, &picks)) return TQ_RECORD;
+  if (int status = collect(g, &picks)) return status;
   Moe moe(g, middle, out_rows, sign_mid, activation);
   for (const Group& group : picks.groups) {
     if (!moe.fits(group)) return TQ_SHAPE;

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum tq_error { TQ_OK = 0, TQ_MEMORY = 1, TQ_RECORD = 2, TQ_SHAPE = 3 };
+enum tq_error { TQ_OK = 0, TQ_MEMORY = 1, TQ_RECORD = 2, TQ_SHAPE = 3, TQ_RANGE = 4 };
 enum tq_activation { TQ_SILU = 0, TQ_GELU_TANH = 1, TQ_SWIGLU_OAI = 2, TQ_RELU2 = 3 };
 
 TQ_API int tq_interface_version(void);
@@ -43,6 +43,7 @@ TQ_API int tq_gather_qmv(const uint8_t* pool, uint64_t pool_bytes, const int64_t
                          const float* x, int64_t tokens, int64_t columns, const int32_t* rows_of, const float* sign,
                          int64_t rows, float* y);
 
+// Offsets outside the pool and rows_of outside the tokens give TQ_RANGE.
 // The whole expert: y f32 [picks][out_rows]. middle: columns of the last matrix, unpadded.
 TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t* offsets, int64_t picks,
                          const float* x, int64_t tokens, int64_t columns, int64_t middle, int64_t out_rows,

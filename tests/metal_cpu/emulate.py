@@ -114,7 +114,11 @@ def bind(
         buffers[name] = array
         shape = np.array(array.shape or (1,), np.int32)
         strides = np.array([s // array.itemsize for s in array.strides] or [1], np.int64)
-        extras = {f"{name}_shape": shape, f"{name}_strides": strides, f"{name}_ndim": np.array([array.ndim], np.int32)}
+        extras: dict[str, np.ndarray] = {
+            f"{name}_shape": shape,
+            f"{name}_strides": strides,
+            f"{name}_ndim": np.array([array.ndim], np.int32),
+        }
         while rest and rest[0] in extras:
             extra = rest.pop(0)
             buffers[extra] = extras[extra]
@@ -167,7 +171,8 @@ def emulated_kernels(
         mode: ``run``, ``check`` or ``profile``.
         seed: As in ``emulate``; also strict and limit_s.
     """
-    real, report, options = mx.fast.metal_kernel, Report(mode), Options(seed, strict, limit_s)
+    real: Any = mx.fast.metal_kernel
+    report, options = Report(mode), Options(seed, strict, limit_s)
     mx.fast.metal_kernel = lambda *args, **kwargs: EmulatedKernel(real(*args, **kwargs), mode, options, report)
     try:
         yield report

@@ -35,6 +35,7 @@ class BufferArgument(ctypes.Structure):
         ("initialised", ctypes.c_int32),
         ("in_place", ctypes.c_int32),
         ("skew", ctypes.c_int32),
+        ("element", ctypes.c_int32),
     ]
 
 
@@ -144,7 +145,14 @@ class Kernel:
             in_place = not output and array.nbytes >= IN_PLACE_BYTES
             skew = array.itemsize if options.skew and not output and array.nbytes else 0
             argument = BufferArgument(
-                p.name.encode(), array.ctypes.data, array.nbytes, output, output and initialised, in_place, skew
+                p.name.encode(),
+                array.ctypes.data,
+                array.nbytes,
+                output,
+                output and initialised,
+                in_place,
+                skew,
+                array.itemsize,
             )
             arguments[p.index] = argument
         return arguments

@@ -111,20 +111,19 @@ def declare_arrays(match: re.Match[str]) -> str:
         raise LanguageError(
             f"a threadgroup variable should have no initialiser, but received: threadgroup {body.strip()}"
         )
-    first, *others = re.split(r",(?![^<\[]*[>\]])", body)
+    first, *others = re.split(r",(?![^<\[]*[>\]])", re.sub(r"\s+", " ", body))
     head = re.fullmatch(r"\s*(.*?)(\w+)\s*((?:\[.*\])*)\s*", first, re.S)
     assert head, body
     element = head.group(1).strip()
     arrays = [(head.group(2), head.group(3))]
-    for other in others:
-        arrays.append(re.fullmatch(r"\s*(\w+)\s*((?:\[.*\])*)\s*", other, re.S).groups())  # type: ignore[union-attr]
+    arrays += re.findall(r"(\w+)\s*((?:\[.*\])*)\s*$", "\n".join(others), re.M)
     declared = " ".join(f"MTL_THREADGROUP_ARRAY(MTL_TYPE({element}), {name}, {dims})" for name, dims in arrays)
-    return indent + declared + "\n" * body.count("\n")
+    return indent + declared + "\n" * (match.group(0).count("\n") - indent.count("\n"))
 
 
 def rewrite(source: str) -> str:
     """The C++ twin of a Metal text."""
-    text = INSTANTIATION.sub("template decltype", strip_comments(source))
+    text = INSTANTIATION.sub(lambda m: "template decltype" + "\n" * m.group(0).count("\n"), strip_comments(source))
     text = THREADGROUP_DECLARATION.sub(declare_arrays, text)
     text = re.sub(r"#include\s*<metal_\w+>", "", text)  # metal_cpu.h has them all
     text = re.sub(r"\[\[\s*threadgroup\s*\(\d+\)\s*\]\]", "", text)  # spaces.h makes the word a macro

@@ -194,7 +194,7 @@ def parse(
             f"{bool(flags & FLAG_BIAS)}; the files do not belong together, convert the model again."
         )
     if length not in (None, int(data[6])):
-        raise FormatError(f"[{where}] the config asks for L {length}, the record has {data[6]}; convert the model again.")
+        raise FormatError(f"[{where}] the config asks for L {length}, the record has {data[6]}; convert it again.")
     record = Record(int(data[6]))
     for i, shape in enumerate(shapes):
         rows, columns, unit = (int(v) for v in words[4 + 3 * i : 7 + 3 * i])

@@ -50,10 +50,12 @@ bool memory_map(const BufferArgument* arguments, int count, std::vector<void*>& 
   machine.buffers.clear();
   for (int i = 0; i < count; i++) {
     const BufferArgument& a = arguments[i];
-    Buffer buffer{a.name, a.in_place ? (char*)a.host : place_copy(i, a), a.bytes, a.writable != 0, a.in_place != 0};
+    Buffer buffer{a.name,          a.in_place ? (char*)a.host : place_copy(i, a),
+                  a.bytes,         a.writable != 0,
+                  a.in_place != 0, (size_t)a.element};
     if (!buffer.begin) return false;
     if (machine.options.check && a.writable) {
-      buffer.history = map_shadow<Access>(a.bytes);
+      buffer.history = map_shadow<Access>(a.bytes / a.element + 1);
       buffer.written = map_shadow<uint8_t>(a.bytes);
       if (!buffer.history || !buffer.written) return false;
       if (a.initialised) memset(buffer.written, 1, a.bytes);
@@ -72,7 +74,7 @@ void memory_return(const BufferArgument* arguments, int count) {
 
 void memory_unmap() {
   for (Buffer& buffer : machine.buffers) {
-    if (buffer.history) munmap(buffer.history, buffer.bytes * sizeof(Access) + 1);
+    if (buffer.history) munmap(buffer.history, (buffer.bytes / buffer.element + 1) * sizeof(Access) + 1);
     if (buffer.written) munmap(buffer.written, buffer.bytes + 1);
   }
   machine.buffers.clear();
@@ -150,8 +152,8 @@ static void access_buffer(int index, uintptr_t address, size_t bytes, bool write
     problem(pc, "CONST-WRITE", "write to input '%s' at byte offset %zu", b.name.c_str(), offset);
   if (machine.options.profile) profile_access(address, bytes, write, index, pc);
   if (!b.history) return;
-  if (!atomic)
-    for (size_t i = 0; i < bytes; i++) race_check(b.history[offset + i], write, true, pc, b.name.c_str(), offset + i);
+  for (size_t i = offset / b.element; !atomic && i <= (offset + bytes - 1) / b.element; i++)
+    race_check(b.history[i], write, true, pc, b.name.c_str(), i * b.element);
   if (write) {
     memset(b.written + offset, 1, bytes);
   } else if (memchr(b.written + offset, 0, bytes)) {

@@ -30,6 +30,7 @@ struct BufferArgument {
   int32_t initialised;  // an output whose contents count as written
   int32_t in_place;     // used where it lies instead of copied between guard pages
   int32_t skew;         // bytes added to the copy's aligned address
+  int32_t element;      // bytes of an element: the unit in which races are watched
 };
 struct LaunchOptions {
   KernelEntry entry;
