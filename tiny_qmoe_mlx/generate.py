@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
     p.add_argument("--ignore-chat-template", action="store_true", help="give the prompt to the model as it is")
     p.add_argument("--max-tokens", type=int, help="most tokens to write (default 256)")
-    p.add_argument("--temp", type=float, help="sampling temperature; 0 is greedy (default 0; the demo 0.7)")
+    p.add_argument("--temp", type=float, help="sampling temperature; 0 is greedy (default 0; the demo 0.3)")
     p.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability (default 1)")
     p.add_argument(
         "--min-p",

@@ -60,6 +60,7 @@ class TrellisExperts(nn.Module):
         tokens = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         chosen = np.array(indices).astype(np.int64).reshape(len(tokens), -1)
         with self._memory.lock:
+            self._memory.settle()
             y = self._few(tokens, chosen) if len(tokens) <= ops.DECODE_TOKENS else self._many(tokens, chosen)
         return mx.array(y).reshape(*indices.shape, -1).astype(x.dtype)
 

@@ -46,6 +46,8 @@ class Pool {
   int size() const { return size_; }
 
   void run(uint32_t count, Work work, void* context) {
+    // Closed while the fields change: a late worker that has read the old word and the new fields must not get an item.
+    ticket_.store(((ticket_.load() >> 32) + 1) << 32 | UINT32_MAX);
     work_ = work;
     context_ = context;
     count_ = count;

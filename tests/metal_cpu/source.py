@@ -60,7 +60,7 @@ extern "C" MTL_HIDDEN void mtl_entry(void** buffers, const MtlThread* t) {{
 THREADGROUP_DECLARATION = re.compile(
     r"(?m)((?:^|(?<=[;{}]))[ \t]*)threadgroup\s+(?!_)((?:[^;{}()]|\([^;{}()]*\)|=\s*\{[^;{}]*\})*);"
 )
-INSTANTIATION = re.compile(r"\btemplate \[\[host_name\([^)]*\)\]\] \[\[kernel\]\] decltype")
+INSTANTIATION = re.compile(r"\btemplate \[\[host_name\([^)\n]*\)\]\] \[\[kernel\]\] decltype")
 
 
 class LanguageError(ValueError):
@@ -123,7 +123,7 @@ def declare_arrays(match: re.Match[str]) -> str:
 
 def rewrite(source: str) -> str:
     """The C++ twin of a Metal text."""
-    text = INSTANTIATION.sub(lambda m: "template decltype" + "\n" * m.group(0).count("\n"), strip_comments(source))
+    text = INSTANTIATION.sub("template decltype", strip_comments(source))
     text = THREADGROUP_DECLARATION.sub(declare_arrays, text)
     text = re.sub(r"#include\s*<metal_\w+>", "", text)  # metal_cpu.h has them all
     text = re.sub(r"\[\[\s*threadgroup\s*\(\d+\)\s*\]\]", "", text)  # spaces.h makes the word a macro

@@ -10,8 +10,11 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +56,25 @@ def unavailable() -> str:
         return f"the Metal emulator needs {', '.join(missing)} of LLVM {VERSION}: apt-get install {PACKAGES}"
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     lacking = [flag for flag in ("avx2", "f16c", "fma") if flag not in flags]
-    return f"the Metal emulator needs a CPU with {', '.join(lacking)}" if lacking else ""
+    if lacking:
+        return f"the Metal emulator needs a CPU with {', '.join(lacking)}"
+    if not mlx_traces_kernels():
+        return f"the Metal emulator needs an mlx that traces Metal kernels without Metal, this is {version('mlx')}"
+    return ""
+
+
+def mlx_traces_kernels() -> bool:
+    """Whether this mlx can make a Metal kernel on Linux and trace a call of it."""
+    events: list[str] = []
+    try:
+        kernel: Any = mx.fast.metal_kernel(name="probe", input_names=["x"], output_names=["y"], source="y[0] = x[0];")
+        size = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,)], "output_dtypes": [mx.float32]}
+        mx.export_function(
+            lambda event: events.append(event.get("name", "")), lambda x: kernel(inputs=[x], **size), mx.zeros(1)
+        )
+    except (RuntimeError, TypeError):
+        return False
+    return "CustomKernel" in events
 
 
 required = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "the Metal emulator can run")

@@ -76,7 +76,8 @@ struct Buffer {
   char* begin;
   size_t bytes;
   bool writable, in_place;
-  Access* history = nullptr;   // one per byte, mapped but untouched until used; outputs in check mode
+  size_t element;
+  Access* history = nullptr;   // one per element, mapped but untouched until used; outputs in check mode
   uint8_t* written = nullptr;  // one per byte; outputs in check mode
   std::unordered_map<uint64_t, uint64_t> read_lines;  // 64-byte line -> a bit per byte that was read; profile mode
   uint64_t requested_read = 0, requested_written = 0, fetched = 0;

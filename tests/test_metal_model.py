@@ -1,0 +1,83 @@
+"""The GPU path of whole models on Linux: every Metal kernel runs in the emulator, everything else on MLX's CPU backend."""
+
+import metal_cpu
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_models
+
+from tiny_qmoe_mlx import metal, models, native, plan
+from tiny_qmoe_mlx.conversion import Settings, convert
+
+pytestmark = [metal_cpu.required, pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")]
+# float32 activations on both sides: only the order of the sums differs
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    made = {}
+
+    def get(family):
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            source = tiny_models.make_checkpoint(root / "hf", family)
+            made[family] = convert(source, root / "out", Settings(bits=3.0, sequences=4, sequence_tokens=64))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Experts go to the Metal kernels, which the emulator runs."""
+    builders = [f for name, f in vars(metal).items() if name.endswith("_kernel")]
+    for build in builders:
+        build.cache_clear()
+    with metal_cpu.emulated_kernels(mode="run") as report:
+        yield lambda on: monkeypatch.setattr(metal, "available", lambda: on)
+    assert not report.problems, report
+    for build in builders:
+        build.cache_clear()
+
+
+def budget(directory, share):
+    found = plan.plan(directory, context=128)
+    low, high = found["min_budget_bytes"], found["resident_budget_bytes"]
+    return int(low + share * (high - low))
+
+
+def logits(model, tokens):
+    return np.array(model(mx.array(tokens)))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("share", [0, 0.5, 1], ids=["fewest", "half", "all"])
+def test_logits_equal_the_cpu_path(converted, gpu, family, share):
+    directory = converted(family)
+    model, _ = models.load(directory, budget(directory, share), context=128)
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (2, 2), (1, 12)):
+        tokens = rng.integers(0, 256, shape)
+        gpu(False)
+        want = logits(model, tokens)
+        gpu(True)
+        got = logits(model, tokens)
+        assert np.abs(got - want).max() <= TOLERANCE
+    paths = {path for path in model.tiny_qmoe.dispatch.counts if "metal" in path}
+    assert paths == {"decode metal", "prefill metal"}
+    model.close()
+
+
+def test_resident_decode_step_evaluates_nothing(converted, gpu, monkeypatch):
+    directory = converted("qwen3_moe")
+    model, _ = models.load(directory, budget(directory, 1), context=128)
+    gpu(True)
+    layers = [m for m in model.modules() if type(m).__name__ == "TrellisExperts"]
+    x, chosen = mx.zeros((1, 1, 64)), mx.array([[[0, 3, 5, 6]]], dtype=mx.uint32)
+    evaluated = []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.append(arrays))
+    traced = metal_cpu.capture(lambda x, i: layers[0](x, i), x, chosen)
+    assert not evaluated
+    assert [launch.name.split("__")[0] for launch in traced]
+    model.close()
