@@ -3,7 +3,6 @@
 //
 // A simdgroup is a warp: its functions take part with all 32 lanes, as the kernels call them. Threadgroups are rows of
 // threads in x, whole multiples of 32, and grids are whole multiples of threadgroups (CUDA has no partial ones).
-#pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

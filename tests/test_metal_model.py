@@ -69,15 +69,18 @@ def test_logits_equal_the_cpu_path(converted, gpu, family, share):
     model.close()
 
 
-def test_resident_decode_step_evaluates_nothing(converted, gpu, monkeypatch):
-    directory = converted("qwen3_moe")
-    model, _ = models.load(directory, budget(directory, 1), context=128)
-    gpu(True)
-    layers = [m for m in model.modules() if type(m).__name__ == "TrellisExperts"]
-    x, chosen = mx.zeros((1, 1, 64)), mx.array([[[0, 3, 5, 6]]], dtype=mx.uint32)
+def test_resident_decode_step_of_48_layers_is_one_graph(tmp_path, monkeypatch):
+    """Traced, as MLX would build it for a GPU: four launches a layer, and nothing that waits for the host."""
+    source = tiny_models.make_checkpoint(tmp_path / "hf", "qwen3_moe", num_hidden_layers=48, mlp_only_layers=[])
+    directory = convert(source, tmp_path / "out", Settings(bits=2.0, calibration="none", rest_bits=16))
+    model, _ = models.load(directory, context=128)
+    for build in (f for name, f in vars(metal).items() if name.endswith("_kernel")):
+        build.cache_clear()
+    monkeypatch.setattr(metal, "available", lambda: True)
     evaluated = []
     monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.append(arrays))
-    traced = metal_cpu.capture(lambda x, i: layers[0](x, i), x, chosen)
+    launches = metal_cpu.capture(lambda tokens: model(tokens), mx.array([[7]]))
     assert not evaluated
-    assert [launch.name.split("__")[0] for launch in traced]
+    assert len(launches) == 4 * 48
+    assert model.tiny_qmoe.dispatch.counts == {"decode metal": 48}
     model.close()

@@ -170,7 +170,12 @@ def emulated_kernels(
     Args:
         mode: ``run``, ``check`` or ``profile``.
         seed: As in ``emulate``; also strict and limit_s.
+
+    Raises:
+        ValueError: If the mode is ``as``, which gives no outputs.
     """
+    if mode == "as":
+        raise ValueError("[emulated_kernels] mode should be run, check or profile, but received 'as'; use emulate")
     real: Any = mx.fast.metal_kernel
     report, options = Report(mode), Options(seed, strict, limit_s)
     mx.fast.metal_kernel = lambda *args, **kwargs: EmulatedKernel(real(*args, **kwargs), mode, options, report)

@@ -19,7 +19,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 VERSION = 19
-PACKAGES = f"clang-{VERSION} lld-{VERSION} libclang-rt-{VERSION}-dev llvm-{VERSION}"
+PACKAGES = f"clang-{VERSION} lld-{VERSION} llvm-{VERSION}"
 
 # Rounding must be MLX's: each operation on half and bfloat rounds once, nothing is fused.
 LANGUAGE = """-x c++ -std=c++17 -march=x86-64-v3 -fno-exceptions -fno-rtti -fno-vectorize -fno-slp-vectorize
