@@ -8,6 +8,7 @@
 
 #define METAL_FUNC __device__ __forceinline__
 #define threadgroup_position_in_grid blockIdx
+#define thread_index_in_threadgroup threadIdx.x
 #define thread_index_in_simdgroup (threadIdx.x % 32)
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
 #define simdgroups_per_threadgroup (blockDim.x / 32)
@@ -35,9 +36,9 @@ METAL_FUNC To as_type(From from) {
   return to;
 }
 
-enum class mem_flags { mem_threadgroup };
-METAL_FUNC void threadgroup_barrier(mem_flags) { __syncthreads(); }
-METAL_FUNC void simdgroup_barrier(mem_flags) { __syncwarp(); }
+enum mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+METAL_FUNC void threadgroup_barrier(int) { __syncthreads(); }
+METAL_FUNC void simdgroup_barrier(int) { __syncwarp(); }
 
 #define TQ_ALL_LANES 0xFFFFFFFFu
 template <typename T>
@@ -56,6 +57,13 @@ METAL_FUNC T simd_sum(T v) {
 }
 
 template <typename T>
+METAL_FUNC T simd_min(T v) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) v = min(v, __shfl_xor_sync(TQ_ALL_LANES, v, step));
+  return v;
+}
+
+template <typename T>
 METAL_FUNC T simd_prefix_exclusive_sum(T v) {
   T sum = v;
 #pragma unroll
@@ -69,7 +77,8 @@ METAL_FUNC T simd_prefix_exclusive_sum(T v) {
 METAL_FUNC uint popcount(uint v) { return __popc(v); }
 METAL_FUNC uint ctz(uint v) { return v == 0 ? 32 : __ffs(v) - 1; }
 METAL_FUNC uint extract_bits(uint v, uint at, uint count) { return v >> at & ((1u << count) - 1); }  // count < 32
-METAL_FUNC float clamp(float v, float low, float high) { return min(max(v, low), high); }
+template <typename T>
+METAL_FUNC T clamp(T v, T low, T high) { return min(max(v, low), high); }
 namespace precise {
 METAL_FUNC float tanh(float v) { return tanhf(v); }
 }

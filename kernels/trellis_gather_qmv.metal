@@ -1,4 +1,4 @@
-// Products of 1 to 8 tokens with gathered experts, straight from their records. After trellis_decode.metal.
+// Products of a few tokens with gathered experts, straight from their records. After trellis_decode.metal.
 //
 // A pick is one (token, chosen expert); there are tokens * k of them, in the router's order.
 //   pool    u8, records at base + 128 * table[expert]; base makes the address of the first record a multiple of 128

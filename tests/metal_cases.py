@@ -106,7 +106,7 @@ def make_case(
     fused: bool = True,
     distinct: int | None = None,
     base: int = 0,
-    row_gain: bool = True,
+    row_gain: Sequence[bool] = (True, True, True),
 ) -> Case:
     """A layer of `experts` experts, of which `distinct` have records of their own; rates: one for each block, repeated."""
     shapes = ((middle, d),) * (1 if name == "relu2" else 2) + ((d, middle),)
@@ -132,8 +132,9 @@ def make_case(
 
 def record(rng, shapes, bias, length, rates, row_gain) -> trellis.Record:
     """A record of noise; gains are scaled so that activations neither vanish nor explode."""
-    out = random_record(rng, shapes, bias, length, row_gain=row_gain)
-    for m in out.matrices:
+    out = random_record(rng, shapes, bias, length)
+    for m, has_gain in zip(out.matrices, row_gain, strict=False):
+        m.row_gain = m.row_gain if has_gain else None
         if rates is not None:
             m.rates[:] = np.resize(rates, len(m.rates))
             words = 32 * int(trellis.PLANES[m.rates].sum())

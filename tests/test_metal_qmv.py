@@ -7,6 +7,7 @@ import pytest
 from metal_cases import TOLERANCE, assert_close, make_case
 
 from tiny_qmoe_mlx import metal
+from tiny_qmoe_mlx.codecs import trellis
 
 pytestmark = metal_cpu.required
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -59,13 +60,18 @@ def test_every_instance_of_qmv_at_every_rate(rng, dtype, length, count):
 def test_every_instance_of_gate_up_at_every_rate(rng, name, length, count):
     case = make_case(rng, d=520, middle=40, experts=9, name=name, length=length, rates=range(8), bias=count == 2)
     ids = rng.integers(0, 9, PICKS[count]).astype(np.int32)
-    check_gate_up(case, ids, rows(rng, count, 576))
+    check_gate_up(case, ids, 8 * rows(rng, count, 576))  # far enough out for the clamps
 
 
 @pytest.mark.parametrize("rate", range(8))
 def test_one_rate_in_all_blocks(rng, rate):
     case = make_case(rng, d=128, middle=32, experts=2, length=16, rates=[rate], bias=rate == 0)
     check_qmv(case, np.array([[1]], np.uint32), rows(rng, 1, 128), 0, mx.float32)
+
+
+def test_rule_for_records_or_dense_matrices():
+    assert metal.takes_records(8, 128) and metal.takes_records(64 * 8, 128) and metal.takes_records(12, 1)
+    assert not metal.takes_records(2048 * 8, 128) and not metal.takes_records(13, 1)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -131,9 +137,19 @@ def test_order_of_two_bytes_above_256_blocks(rng):
     check_qmv(case, np.array([[0]], np.uint32), rows(rng, 1, 64 * 257), 0, mx.float32)
 
 
-def test_records_without_row_gains(rng):
-    case = make_case(rng, d=192, middle=33, experts=2, row_gain=False, bias=True)
-    check_gate_up(case, np.array([[1, 0]], np.uint32), rows(rng, 1, 192))
+@pytest.mark.parametrize("gains", [(False,) * 3, (True, False, False), (False, True, False), (False, False, True)])
+def test_row_gains_of_some_matrices(rng, gains):
+    case = make_case(rng, d=192, middle=33, experts=2, row_gain=gains, bias=True)
+    for matrix in range(3):
+        z = rows(rng, 1, 64 if matrix == 2 else 192)
+        check_qmv(case, np.array([[1]], np.uint32), z, matrix, mx.float32)
+
+
+def test_absent_blocks_at_the_end_of_the_pool(rng):
+    """The order and rates of 6 blocks end 7 bytes before the buffer: lanes beyond them must not read."""
+    case = make_case(rng, d=32, middle=384, experts=1, rates=[0])
+    assert trellis.side_bytes(32, 384, True, False) == 128
+    check_qmv(case, np.array([[0]], np.uint32), rows(rng, 1, 384), 2, mx.float32)
 
 
 def test_records_begin_at_a_base(rng):

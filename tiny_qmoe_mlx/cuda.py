@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-# In this order. An array in threadgroup memory ends in `[`; every other address space is a pointer's and goes.
+# In this order. A declaration without `*` is of what lies in threadgroup memory; other address spaces are a pointer's.
 REPLACEMENTS = (
     (re.compile(r"//[^\n]*"), ""),
     (re.compile(r"#pragma clang loop unroll\(full\)"), "#pragma unroll"),
-    (re.compile(r"\bthreadgroup (?=[\w<>, ]+\[)"), "__shared__ "),
+    (re.compile(r"\bthreadgroup (?=[\w<>, ]+ \w+ ?[\[;])"), "__shared__ "),
     (re.compile(r"\b(device|threadgroup|thread|constant) "), ""),
     (re.compile(r"\bulong\b"), "uint64_t"),
     (re.compile(r"\bushort2\("), "make_ushort2("),
@@ -55,7 +56,8 @@ def kernel(
     Raises:
         RuntimeError: by MLX, where it was built without CUDA.
     """
-    return mx.fast.cuda_kernel(
+    build: Callable[..., Any] = mx.fast.cuda_kernel  # declared by MLX as returning an object
+    return build(
         name=name,
         input_names=input_names,
         output_names=output_names,

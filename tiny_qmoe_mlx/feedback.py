@@ -15,29 +15,26 @@ from tiny_qmoe_mlx.rates import GAIN
 
 DAMPING = 0.1  # of the mean second moment; 0.01 fits the calibration text better and other text worse
 CLIP = 20.0  # times the median of diag(H): one massive activation may not decide the damping of all others
-MASSIVE = 1000.0  # times the median: an input beyond it (a few tokens own it) is scaled down to it in the Hessian
 GROUPS = COLUMN_BLOCK // TILE_COLUMNS
 SMALLEST_GAIN, LARGEST_GAIN = 2.0**-24, 65504.0  # of float16
 
 Encoder = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def clipped(diagonal: np.ndarray, limit: float = CLIP) -> np.ndarray:
-    """Second moments, the largest limited to a multiple of their median; ones where all are zero."""
+def clipped(diagonal: np.ndarray) -> np.ndarray:
+    """Second moments with the largest limited to 20 times the median; ones where all are zero."""
     positive = diagonal[diagonal > 0]
     if not len(positive):
         return np.ones_like(diagonal)
-    return np.clip(diagonal, 0, limit * np.median(positive))
+    return np.clip(diagonal, 0, CLIP * np.median(positive))
 
 
 def rotated_hessian(h: np.ndarray, sign: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     """P (H + damping) P^T, float64 (padded columns, padded columns), of a second moment H (columns, columns)."""
     h = h.astype(np.float64)
-    diagonal = np.diag(h)
-    scale = np.sqrt(clipped(diagonal, MASSIVE) / np.maximum(diagonal, 1e-300))
     padded = np.zeros((len(sign), len(sign)))
-    padded[: len(h), : len(h)] = (h + h.T) / 2 * np.outer(np.minimum(scale, 1), np.minimum(scale, 1))
-    padded[np.diag_indices_from(padded)] += damping * clipped(diagonal).mean()
+    padded[: len(h), : len(h)] = (h + h.T) / 2
+    padded[np.diag_indices_from(padded)] += damping * clipped(np.diag(h)).mean()
     return rotate(np.ascontiguousarray(rotate(padded, sign).T), sign)
 
 

@@ -17,7 +17,9 @@ import numpy as np
 from tiny_qmoe_mlx.codecs import rotation, trellis
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2, "relu2": 3}  # TQ_* of trellis_gather_qmv.metal
-MAX_TOKENS = 8  # of one product straight from records
+MAX_TOKENS = 64  # of one product straight from records
+WIDTH = 8  # picks of one expert that share a decoding
+RECORD_PICKS = 12  # of one expert; see `takes_records`
 TARGET_SIMDGROUPS = 768  # of a launch: some 19 for each of 40 cores
 DEQUANTIZE_SIMDGROUPS = 4
 THREADS = 32  # of a simdgroup
@@ -125,7 +127,7 @@ def _dequantize_kernel():
 
 
 @lru_cache(maxsize=4096)
-def _numbers(dtype: mx.Dtype, *values: float) -> mx.array:
+def numbers(dtype: mx.Dtype, *values: float) -> mx.array:
     """A small constant input; kept, so that a call makes no new array."""
     return mx.array(values, dtype=dtype)
 
@@ -151,7 +153,7 @@ def rotate(x: mx.array, signs: mx.array, dtype: mx.Dtype = mx.float32) -> mx.arr
     size = rotation.hadamard_size(padded)
     threads = max(THREADS, size // 8)
     return _rotate_kernel()(
-        inputs=[x, signs, _numbers(mx.uint32, columns, padded)],
+        inputs=[x, signs, numbers(mx.uint32, columns, padded)],
         template=[("H", size), ("Z", dtype)],
         grid=(padded // size * threads, rows, 1),
         threadgroup=(threads, 1, 1),
@@ -164,7 +166,18 @@ def _width(tokens: int) -> int:
     """Picks of one expert that a threadgroup serves at once; more than one only where tokens may share experts."""
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"[metal.experts] a product from records takes 1 to {MAX_TOKENS} tokens but was given {tokens}.")
-    return 1 if tokens == 1 else MAX_TOKENS
+    return 1 if tokens == 1 else WIDTH
+
+
+def takes_records(picks: int, experts: int) -> bool:
+    """Whether `experts` costs less than `expert_group`, for a router that favours no expert.
+
+    By the issue slots that the emulator counts for a weight at 2 bits and 16 state bits: products from records take 5.2 for
+    each decoding (of up to 8 picks) and 1.7 a pick; the dense decoder takes 14, and MLX's gather_mm about 1.1 for each
+    row of a tile of at least 16. They meet at 12 picks of one expert.
+    """
+    chosen = experts * (1 - (1 - 1 / experts) ** picks)
+    return picks <= RECORD_PICKS * chosen
 
 
 def _simdgroups(tiles: int, picks: int, blocks: int, width: int) -> int:
@@ -195,7 +208,7 @@ def gather_qmv(
         z: float32 (tokens or picks, C), rotated.
         ids: u32 or i32 (picks,), experts; picks is a multiple of z's rows.
         matrix: 0, 1, ... in the record.
-        tokens: 1 to 8; how many picks may name the same expert.
+        tokens: 1 to 64; with more than one, picks of the same expert share a decoding.
 
     Returns:
         (picks, rows) of `dtype`.
@@ -203,7 +216,7 @@ def gather_qmv(
     rows, picks, width = layer.shapes[matrix][0], ids.size, _width(tokens)
     params = (records.base, records.table.size, z.shape[0], picks // z.shape[0], z.shape[1], rows, matrix)
     return _qmv_kernel()(
-        inputs=[records.pool, ids, records.table, z, _numbers(mx.uint32, *params)],
+        inputs=[records.pool, ids, records.table, z, numbers(mx.uint32, *params)],
         template=[("T", dtype), ("L", layer.length), ("W", width), ("SG", 8 if width == 1 else 4)],
         output_dtypes=[dtype],
         **_launch(rows, z, picks, width),
@@ -221,9 +234,9 @@ def gather_gate_up(z: mx.array, ids: mx.array, records: Records, layer: ExpertSh
     name, alpha, limit = layer.fused
     rows, picks, width = layer.shapes[0][0], ids.size, _width(tokens)
     params = (records.base, records.table.size, z.shape[0], picks // z.shape[0], z.shape[1], rows, 0)
-    shape = _numbers(mx.float32, alpha, limit)
+    shape = numbers(mx.float32, alpha, limit)
     return _gate_up_kernel()(
-        inputs=[records.pool, ids, records.table, z, _numbers(mx.uint32, *params), shape],
+        inputs=[records.pool, ids, records.table, z, numbers(mx.uint32, *params), shape],
         template=[("L", layer.length), ("W", width), ("ACT", ACTIVATIONS[name]), ("SG", 8 if width == 1 else 4)],
         output_dtypes=[mx.float32],
         **_launch(rows, z, picks, width),
@@ -231,17 +244,17 @@ def gather_gate_up(z: mx.array, ids: mx.array, records: Records, layer: ExpertSh
 
 
 def experts(x: mx.array, indices: mx.array, records: Records, layer: ExpertShapes) -> mx.array:
-    """Whole experts for 1 to 8 tokens, four launches: rotation, gate and up, rotation, down.
+    """Whole experts for a few tokens, four launches: rotation, gate and up, rotation, down.
 
     Args:
-        x: (..., d), float16, bfloat16 or float32.
+        x: (..., d), float16, bfloat16 or float32; 1 to 64 tokens.
         indices: u32 or i32 (..., k), as the router gives them.
 
     Returns:
         (..., k, d) in x's dtype: each pick's output, biases included, router weights not.
 
     Raises:
-        ValueError: more than 8 tokens.
+        ValueError: more than 64 tokens.
     """
     tokens = x.reshape(-1, x.shape[-1])
     ids, count, last = indices.reshape(-1), tokens.shape[0], len(layer.shapes) - 1
@@ -275,7 +288,7 @@ def dequantize(
             records.pool,
             ids,
             records.table,
-            _numbers(mx.uint32, records.base, records.table.size, rows, padded, matrix),
+            numbers(mx.uint32, records.base, records.table.size, rows, padded, matrix),
         ],
         template=[("T", dtype), ("L", layer.length), ("SG", count)],
         grid=(tiles * count * THREADS, ids.size, 1),

@@ -38,7 +38,7 @@ def emulate(
         mode: ``as`` (the outputs are None), ``run``, ``check`` or ``profile``.
         seed: Lanes and simdgroups run in a random order that it fixes. Default: in order.
         strict: Report simd operations that not all lanes of the simdgroup reach. Default: ``True``.
-        limit_s: Seconds after which a launch is stopped and TIMEOUT reported.
+        limit_s: Seconds of CPU time after which a launch is stopped and TIMEOUT reported.
         init_value: What outputs are filled with before the launch, as in the kernel's own call (tracing does not show
             it). Default: poison bytes 0xCD, and unwritten bytes are reported.
         groups: First threadgroup and number of threadgroups to run, of each launch. Default: all; unwritten bytes are

@@ -142,19 +142,16 @@ class Kernel:
                 raise ValueError(
                     f"[{self.launch.name}] {p.name} should be contiguous, received strides {array.strides}"
                 )
-            in_place = not output and array.nbytes >= IN_PLACE_BYTES
-            skew = array.itemsize if options.skew and not output and array.nbytes else 0
-            argument = BufferArgument(
-                p.name.encode(),
-                array.ctypes.data,
-                array.nbytes,
-                output,
-                output and initialised,
-                in_place,
-                skew,
-                array.itemsize,
+            arguments[p.index] = BufferArgument(
+                name=p.name.encode(),
+                host=array.ctypes.data,
+                bytes=array.nbytes,
+                writable=output,
+                initialised=output and initialised,
+                in_place=not output and array.nbytes >= IN_PLACE_BYTES,
+                skew=array.itemsize if options.skew and not output and array.nbytes else 0,
+                element=array.itemsize,
             )
-            arguments[p.index] = argument
         return arguments
 
     def start(self, arguments: Any, options: Options) -> tuple[str, Counter[str]]:
@@ -166,14 +163,21 @@ class Kernel:
                 f"received threadgroup {self.launch.threadgroup}, grid {self.launch.grid}"
             )
         first, count = options.groups or (0, (1 << 64) - 1)
-        check = self.mode == "check"
         entry = ctypes.cast(self.library.mtl_entry, ctypes.c_void_p)
         triple = ctypes.c_uint32 * 3
         c_options = LaunchOptions(
-            entry.value, triple(*self.launch.grid), triple(*self.launch.threadgroup), first, count,
-            0 if options.seed is None else options.seed + 1, options.limit_s,
-            check, self.mode == "profile", options.strict, MAX_PROBLEMS,
-        )  # fmt: skip
+            entry=entry.value,
+            grid=triple(*self.launch.grid),
+            group=triple(*self.launch.threadgroup),
+            first_group=first,
+            group_count=count,
+            seed=0 if options.seed is None else options.seed + 1,
+            limit_s=options.limit_s,
+            check=self.mode == "check",
+            profile=self.mode == "profile",
+            strict=options.strict,
+            max_problems=MAX_PROBLEMS,
+        )
         c_counts = LaunchCounts()
         raw = self.runtime.mtl_launch(arguments, len(arguments), ctypes.byref(c_options), ctypes.byref(c_counts))
         if raw is None:
@@ -201,15 +205,8 @@ def kernel_lines(library: Path, offsets: list[int]) -> dict[int, int]:
     wanted = sorted({offset for offset in offsets if offset >= 0})
     if not wanted:
         return {}
-    command = [
-        str(toolchain.tool("llvm-symbolizer")),
-        "--inlines",
-        "--no-demangle",
-        "-e",
-        str(library),
-        *map(hex, wanted),
-    ]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbolizer = [str(toolchain.tool("llvm-symbolizer")), "--inlines", "--no-demangle", "-e", str(library)]
+    answer = subprocess.run([*symbolizer, *map(hex, wanted)], capture_output=True, text=True, check=True).stdout
     lines = {}
     for offset, frames in zip(wanted, answer.strip().split("\n\n"), strict=True):
         if found := re.search(rf"{re.escape(FILE)}:(\d+)", frames):

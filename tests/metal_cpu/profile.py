@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from metal_cpu.report import BufferTraffic, Profile
@@ -53,14 +53,6 @@ CALLS = {
     "pow": 16,
 }
 LIBRARY = re.compile(r"@(exp|log|tanh|sin|cos|tan|sinh|cosh|pow|atan|asin|acos|fmod|ldexp)\w*\(")
-
-
-@dataclass
-class Block:
-    """A basic block: its number among the counters, and the price of running it once."""
-
-    number: int = 0
-    slots: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)

@@ -125,3 +125,27 @@ def test_mlx_kernel_is_right_and_clean(source, name, bits, dtype, mode):
     got = np.array(mx.array(buffers["y"]).view(getattr(mx, dtype)).astype(mx.float32))
     # One rounding of the result: 2^-11 for half, 2^-8 for bfloat16, and the float32 sums before it.
     assert np.abs(got - want).max() <= {"float16": 6e-4, "bfloat16": 5e-3}[dtype] * np.abs(want).max()
+
+
+def without_barrier(source: str, function: str, number: int) -> str:
+    """The text without one threadgroup_barrier of a function; empty when it has no more."""
+    start = source.index(f"METAL_FUNC void {function}(")
+    end = source.index("\n}\n", start)
+    barriers = list(re.finditer(r"threadgroup_barrier\([^)]*\);", source[start:end]))
+    if number >= len(barriers):
+        return ""
+    at = barriers[number]
+    return source[: start + at.start()] + source[start + at.end() :]
+
+
+@pytest.mark.slow
+def test_removed_barriers_are_reported_as_races(source):
+    """Of the nine barriers of qmm_t_impl, four guard memory on the paths that this size takes."""
+    rows, columns, tokens = 64, 256, 40
+    grid, threadgroup = (rows // 32 * 32, (tokens + 31) // 32 * 2, 2), (32, 2, 2)
+    buffers, _ = quantized(2, rows, columns, tokens, mx.float16)
+    found = []
+    while text := without_barrier(source, "qmm_t_impl", len(found)):
+        launch = instance(text, "affine_qmm_t", f"half, {GROUP_SIZE}, 2, true, false", grid, threadgroup)
+        found.append(Kernel(launch, "check", PRELUDE, forbidden="")(buffers, ("y",)).kinds)
+    assert sum(bool(kinds["RACE"]) for kinds in found) == 4, found

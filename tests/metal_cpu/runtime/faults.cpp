@@ -8,7 +8,7 @@
 
 #include "runtime.h"
 
-static struct sigaction previous_segv, previous_bus, previous_fpe, previous_alarm;
+static struct sigaction previous_segv, previous_bus, previous_fpe, previous_timer;
 static stack_t previous_stack;
 static char* signal_stack;
 static uintptr_t fault_address, fault_pc;
@@ -30,7 +30,7 @@ static void lane_faulted() {
 }
 
 static void lane_timed_out() {
-  problem(fault_pc, "TIMEOUT", "still running after %.3g s", machine.options.limit_s);
+  problem(fault_pc, "TIMEOUT", "still running after %.3g s of CPU time", machine.options.limit_s);
   lane_kill();
 }
 
@@ -80,20 +80,20 @@ void faults_install() {
   handle(SIGSEGV, on_fault, &previous_segv);
   handle(SIGBUS, on_fault, &previous_bus);
   handle(SIGFPE, on_fault, &previous_fpe);
-  handle(SIGALRM, on_timer, &previous_alarm);
+  handle(SIGPROF, on_timer, &previous_timer);
   itimerval timer = {};
   timer.it_value.tv_sec = (time_t)machine.options.limit_s;
   timer.it_value.tv_usec = (suseconds_t)((machine.options.limit_s - (double)timer.it_value.tv_sec) * 1e6);
-  timer.it_interval.tv_usec = 10000;  // then every 10 ms, for the lanes that are still to stop
-  setitimer(ITIMER_REAL, &timer, nullptr);
+  timer.it_interval.tv_usec = 10000;  // then every 10 ms, for lanes that are still to stop
+  setitimer(ITIMER_PROF, &timer, nullptr);
 }
 
 void faults_remove() {
   itimerval off = {};
-  setitimer(ITIMER_REAL, &off, nullptr);
+  setitimer(ITIMER_PROF, &off, nullptr);
   sigaction(SIGSEGV, &previous_segv, nullptr);
   sigaction(SIGBUS, &previous_bus, nullptr);
   sigaction(SIGFPE, &previous_fpe, nullptr);
-  sigaction(SIGALRM, &previous_alarm, nullptr);
+  sigaction(SIGPROF, &previous_timer, nullptr);
   sigaltstack(&previous_stack, nullptr);
 }

@@ -97,7 +97,7 @@ static void run_groups() {
     if (o.profile) profile_group_end();
     machine.counts.threads += machine.threads;
   }
-  if (machine.timed_out) problem(0, "TIMEOUT", "the launch was stopped after %.3g s", o.limit_s);
+  if (machine.timed_out) problem(0, "TIMEOUT", "the launch was stopped after %.3g s of CPU time", o.limit_s);
   bool whole = o.first_group == 0 && last == total && !machine.timed_out;
   size_t missing;
   for (const Buffer& buffer : machine.buffers)

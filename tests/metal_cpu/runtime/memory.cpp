@@ -50,9 +50,13 @@ bool memory_map(const BufferArgument* arguments, int count, std::vector<void*>& 
   machine.buffers.clear();
   for (int i = 0; i < count; i++) {
     const BufferArgument& a = arguments[i];
-    Buffer buffer{a.name,          a.in_place ? (char*)a.host : place_copy(i, a),
-                  a.bytes,         a.writable != 0,
-                  a.in_place != 0, (size_t)a.element};
+    Buffer buffer;
+    buffer.name = a.name;
+    buffer.begin = a.in_place ? (char*)a.host : place_copy(i, a);
+    buffer.bytes = a.bytes;
+    buffer.writable = a.writable != 0;
+    buffer.in_place = a.in_place != 0;
+    buffer.element = a.element;
     if (!buffer.begin) return false;
     if (machine.options.check && a.writable) {
       buffer.history = map_shadow<Access>(a.bytes / a.element + 1);
@@ -190,7 +194,7 @@ void memory_access(uintptr_t address, size_t bytes, bool write, uintptr_t pc, bo
   const Lane* lane = machine.current;
   if (!lane || !bytes) return;
   if (machine.timed_out) {
-    problem(pc, "TIMEOUT", "still running after %.3g s", machine.options.limit_s);
+    problem(pc, "TIMEOUT", "still running after %.3g s of CPU time", machine.options.limit_s);
     lane_kill();
   }
   if (address - (uintptr_t)lane->stack < kStackBytes) return;

@@ -1,0 +1,75 @@
+"""metal.py's functions against float64 references, wherever MLX's kernels run: on a GPU or a stand-in for one."""
+
+import mlx.core as mx
+import numpy as np
+from metal_cases import TOLERANCE, Case, assert_close, float64, make_case, tokens
+
+from tiny_qmoe_mlx import metal, metal_encode, native
+from tiny_qmoe_mlx.codecs import rotation
+
+EXPERTS, TOP_K = 5, 2
+ROTATED = 4e-7  # of max |z|: float32 sums of up to 2048 terms
+
+
+def records_of(case: Case) -> metal.Records:
+    return metal.Records(mx.array(case.pool), mx.array(case.table), case.base)
+
+
+def router(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(0, EXPERTS, (count, TOP_K)).astype(np.uint32)
+
+
+def check_rotate(rng, rows: int, columns: int, dtype: mx.Dtype, to: mx.Dtype) -> None:
+    sign = rotation.signs(1, 2, 0, columns)
+    x = tokens(rng, rows, columns, dtype)
+    z = metal.rotate(x, metal.sign_bits(sign), to)
+    assert z.dtype == to
+    assert_close(z, rotation.rotate(float64(x), sign), ROTATED if to == mx.float32 else TOLERANCE[to])
+
+
+def check_experts(rng, count: int, dtype: mx.Dtype, **shape) -> None:
+    """Whole experts at all rates, fused."""
+    case = make_case(rng, experts=EXPERTS, rates=range(8), **shape)
+    x, ids = tokens(rng, count, shape["d"], dtype), router(rng, count)
+    y = metal.experts(x, mx.array(ids), records_of(case), case.layer)
+    want = np.array([[case.expert(int(e), row) for e in chosen] for row, chosen in zip(float64(x), ids, strict=True)])
+    assert_close(y, want, TOLERANCE[dtype])
+
+
+def check_qmv(rng, count: int, dtype: mx.Dtype, **shape) -> None:
+    """The second matrix's shape: a row of z for each pick."""
+    case = make_case(rng, experts=EXPERTS, rates=range(8), **shape)
+    ids = router(rng, count).reshape(-1)
+    z = rng.normal(size=(ids.size, rotation.padded_columns(shape["middle"]))).astype(np.float32)
+    y = metal.gather_qmv(mx.array(z), mx.array(ids), records_of(case), case.layer, 2, count, dtype)
+    assert_close(y, np.stack([case.product(int(e), 2, row) for e, row in zip(ids, z, strict=True)]), TOLERANCE[dtype])
+
+
+def check_dequantize(rng, dtype: mx.Dtype, **shape) -> None:
+    case = make_case(rng, experts=EXPERTS, rates=range(8), bias=True, **shape)
+    weights, bias = metal.dequantize(mx.array([3, 0], dtype=mx.uint32), records_of(case), case.layer, 0, dtype)
+    assert_close(weights, np.stack([case.matrix(e, 0) for e in (3, 0)]), TOLERANCE[dtype])
+    rows = shape["middle"]
+    assert_close(bias, np.stack([case.records[e].matrices[0].bias[:rows].astype(np.float64) for e in (3, 0)]), 0.0)
+
+
+def check_prefill(rng, dtype: mx.Dtype, **shape) -> None:
+    """A group of experts, each decoded once."""
+    case = make_case(rng, experts=EXPERTS, rates=range(8), bias=True, **shape)
+    x, ids = tokens(rng, 9, shape["d"], dtype), np.array([4, 1, 2], np.uint32)
+    place, rows = np.sort(rng.integers(0, 3, 20)), rng.integers(0, 9, 20)
+    z = metal.rotate(x, case.layer.bits_in, dtype)
+    picks = mx.array(rows), mx.array(place.astype(np.uint32))
+    y = metal.expert_group(z, *picks, mx.array(ids), records_of(case), case.layer)
+    want = np.stack([case.expert(int(ids[p]), float64(x)[r]) for p, r in zip(place, rows, strict=True)])
+    # Weights and hidden values are rounded to the model's type, too.
+    assert_close(y, want, (1 if dtype == mx.float32 else 4) * TOLERANCE[dtype])
+
+
+def check_encoder(rng, rate: int, length: int, tiles: int) -> None:
+    """Codes equal to the C++ encoder's, bit for bit."""
+    x = rng.normal(size=(tiles, 32, 16)).astype(np.float32)
+    codes, values = metal_encode.encode_tiles(x, rate, length)
+    want_codes, want_values = native.encode_tiles(x, rate, length)
+    np.testing.assert_array_equal(codes, want_codes)
+    np.testing.assert_array_equal(values, want_values)
