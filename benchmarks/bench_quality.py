@@ -16,7 +16,7 @@ import texts
 from dense_llama import CONTEXT, Dense, attention, forward, hidden, load, rms_norm
 
 from tiny_qmoe_mlx.codecs import rotation, trellis
-from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer
+from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer, token_weights
 from tiny_qmoe_mlx.rates import file_bytes, record_bytes_for
 
 SEED = 0
@@ -51,7 +51,8 @@ def compress(model: Dense, tokens: np.ndarray, bits: float, length: int) -> tupl
         z = rms_norm(x, model.layers[i]["ffn_norm"], model.epsilon).reshape(-1, x.shape[-1])
         weights = model.feed_forward(i)
         mid = hidden(weights[0], weights[1], z)
-        expert = ExpertInputs(weights, z.T @ z / len(z), mid.T @ mid / len(z))
+        weighted = z * token_weights(mid, weights[2])[:, None]
+        expert = ExpertInputs(weights, z.T @ weighted / len(z), mid.T @ mid / len(z))
         signs = [rotation.signs(SEED, i, side, w.shape[1]) for side, w in enumerate(weights[1:])]
         (record,) = quantize_layer([expert], *signs, record_bytes, length)
         out.append(decoded(trellis.pack(record, record_bytes), shapes, signs))

@@ -5,17 +5,18 @@
 //   params u32 [2]: columns, C (columns rounded up to 64; H divides it)
 //   z      Z [rows, C]
 //
-// Grid: x = C / H x threads, y = rows. One threadgroup transforms one group of H columns (H = 64 to 2048) with
-// max(32, H / 8) threads, E = H / threads entries each. Three passes over index bits: those between a thread's entries in
+// Grid: x = rows x threads, y = C / H. One threadgroup transforms one group of H columns (H = 64 to 2048) with max(32,
+// H / 8) threads, E = H / threads entries each. Three passes over index bits: those between a thread's entries in
 // registers, those between lanes by shuffle, those between simdgroups through `shared` (H floats) with one barrier.
-// MLX's hadamard_transform computes the same in three launches (pad, signs, transform); a token passes here twice a layer.
+// MLX's hadamard_transform computes the same in three launches (pad, signs, transform); a token passes here twice a
+// layer.
 
 template <int H, typename X, typename Signs, typename Params, typename Z>
 METAL_FUNC void rotate_rows(X x, Signs signs, Params params, device Z* z, threadgroup float* shared, uint3 at, uint sg,
                             uint lane) {
   constexpr uint E = H < 256 ? H / 32 : 8, threads = H / E, simdgroups = threads / 32;
-  const uint columns = params[0], first = at.x * H, thread_index = 32 * sg + lane;
-  const ulong from = ulong(at.y) * columns, to = ulong(at.y) * params[1] + first;
+  const uint columns = params[0], first = at.y * H, thread_index = 32 * sg + lane;
+  const ulong from = ulong(at.x) * columns, to = ulong(at.x) * params[1] + first;
   float v[E];
 #pragma clang loop unroll(full)
   for (uint e = 0; e < E; ++e) {

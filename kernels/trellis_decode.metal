@@ -1,9 +1,9 @@
 // Records of the trellis codec (docs/FORMAT.md, section 4): finding a matrix's parts, and decoding its superblocks.
 // Part of every trellis kernel; nothing here is launched.
 //
-// One simdgroup decodes a superblock of 32 rows x 64 columns at one rate, lane = row: a plane is one 128-byte load, and a
-// lane looks ahead into the next row by shuffle. Records were checked on the host: a header is trusted here, and every
-// payload bit pattern decodes to finite weights.
+// One simdgroup decodes a superblock of 32 rows x 64 columns at one rate, lane = row: a plane is one 128-byte load, and
+// a lane looks ahead into the next row by shuffle. Records were checked on the host: a header is trusted here, and
+// every payload bit pattern decodes to finite weights.
 
 // Where the parts of one matrix of a record lie, and its sizes in whole tiles.
 struct MatrixView {
@@ -17,7 +17,8 @@ struct MatrixView {
   bool has_row_gain, has_bias;
 };
 
-// The record of an expert: `table` holds its place in units of 128 bytes. Pools may exceed 4 GiB, so the address is 64-bit.
+// The record of an expert: `table` holds its place in units of 128 bytes. Pools may exceed 4 GiB, so the address is
+// 64-bit.
 template <typename Table>
 METAL_FUNC const device uchar* record_at(const device uchar* pool, Table table, uint expert, uint experts, uint base) {
   return pool + ulong(base) + 128 * ulong(table[min(expert, experts - 1)]);
@@ -55,8 +56,8 @@ METAL_FUNC uint block_place(MatrixView m, uint block) {
 }
 METAL_FUNC uint planes_of(uint rate) { return rate == 7 ? 8 : rate; }
 
-// What each lane knows of one of up to 32 consecutive blocks. The planes before a block are a prefix sum over lanes, so a
-// simdgroup may take any subset of blocks without walking the others.
+// What each lane knows of one of up to 32 consecutive blocks. The planes before a block are a prefix sum over lanes, so
+// a simdgroup may take any subset of blocks without walking the others.
 struct BlockGroup {
   uint rate;    // 0 beyond the last block
   uint column;  // first column of the block in the matrix
@@ -87,7 +88,9 @@ METAL_FUNC uint tile_words(MatrixView m, BlockGroup g, uint lane) {
 METAL_FUNC ushort low16(uint v) { return as_type<ushort2>(v).x; }
 METAL_FUNC ushort high16(uint v) { return as_type<ushort2>(v).y; }
 METAL_FUNC uint join16(ushort low, ushort high) { return as_type<uint>(ushort2(low, high)); }
-METAL_FUNC ushort half_word(const thread uint* words, int i) { return i % 2 ? high16(words[i / 2]) : low16(words[i / 2]); }
+METAL_FUNC ushort half_word(const thread uint* words, int i) {
+  return i % 2 ? high16(words[i / 2]) : low16(words[i / 2]);
+}
 
 // 32 bits of a lane's segment of P words from bit `at` on (a constant once inlined); zeros follow its end.
 template <int P>
@@ -99,8 +102,8 @@ METAL_FUNC uint segment_bits(const thread uint* words, int at) {
   return words[word] >> shift | above << (32 - shift);
 }
 
-// The lane's words of a superblock. For one plane a tile's part is a byte, and windows reach into two more rows: bytes of
-// this row and the next are put side by side, tiles 0 and 2 in word 0, tiles 1 and 3 in word 1.
+// The lane's words of a superblock. For one plane a tile's part is a byte, and windows reach into two more rows: bytes
+// of this row and the next are put side by side, tiles 0 and 2 in word 0, tiles 1 and 3 in word 1.
 template <int P>
 METAL_FUNC void load_planes(const device uint* block, ushort lane, thread uint* words) {
   const device uint* mine = block + lane;
@@ -113,8 +116,8 @@ METAL_FUNC void load_planes(const device uint* block, ushort lane, thread uint* 
   }
 }
 
-// bits[j] = 32 bits of the tile's bitstring from bit 16 j of the lane's part on, for all j that windows begin in. Halves of
-// registers are free on this hardware and shifts are not, hence steps of 16.
+// bits[j] = 32 bits of the tile's bitstring from bit 16 j of the lane's part on, for all j that windows begin in.
+// Halves of registers are free on this hardware and shifts are not, hence steps of 16.
 template <int P>
 METAL_FUNC void tile_bits(const thread uint* words, int tile, ushort lane, thread uint* bits) {
   const ushort next = (lane + 1) & 31;
@@ -135,7 +138,8 @@ METAL_FUNC void tile_bits(const thread uint* words, int tile, ushort lane, threa
     const uint beyond = simd_shuffle(words[first / 2], next);
 #pragma clang loop unroll(full)
     for (int j = 0; j < halves; ++j) {
-      const ushort above = j + 1 < halves ? half_word(words, first + j + 1) : first % 2 ? high16(beyond) : low16(beyond);
+      const ushort above =
+          j + 1 < halves ? half_word(words, first + j + 1) : first % 2 ? high16(beyond) : low16(beyond);
       bits[j] = join16(half_word(words, first + j), above);
     }
   }

@@ -1,14 +1,15 @@
-// Records to dense matrices in the rotated space, for a list of experts: what many tokens are multiplied with by MLX's own
-// gather_mm. After trellis_decode.metal; pool, table and base as in trellis_gather_qmv.metal.
+// Records to dense matrices in the rotated space, for a list of experts: what many tokens are multiplied with by MLX's
+// own gather_mm. After trellis_decode.metal; pool, table and base as in trellis_gather_qmv.metal.
 //
 //   ids     u32 or i32 [experts to decode]
 //   params  u32 [5]: base, experts in the table, rows, C, matrix
 //   w       T [ids, rows, C], columns in the model's order, gains applied in float32
 //   bias    f32 [ids, rows], zeros where the record has none
 //
-// Grid: x = row tiles x SG x 32, y = ids. One threadgroup decodes 32 rows, its SG simdgroups take blocks of 64 columns in
-// turn. A lane decodes one row; 32 columns at a time pass through `staged` (SG x 32 x 17 pairs of T), so that a simdgroup
-// writes 32 columns of two rows at once, 16 rows apart. With 17 pairs a row all lanes are on different banks both times.
+// Grid: x = row tiles x SG x 32, y = ids. One threadgroup decodes 32 rows, its SG simdgroups take blocks of 64 columns
+// in turn. A lane decodes one row; 32 columns at a time pass through `staged` (SG x 32 x 17 pairs of T), so that a
+// simdgroup writes 32 columns of two rows at once, 16 rows apart. With 17 pairs a row all lanes are on different banks
+// both times.
 
 template <int RATE, int L, typename T>
 METAL_FUNC void store_block(const device uint* block, half4 gains, float row_gain, threadgroup vec<T, 2>* staged,

@@ -7,11 +7,11 @@
 //   params  u32 [7]: base, experts, rows of z, picks that share a row of z, C, rows of the output, matrix
 // Inputs of fewer than 8 elements are in constant space, so pointers that may be short are template types.
 //
-// Grid: x = row tiles x simdgroups x 32, y = picks of a row of z, z = rows of z. One threadgroup computes 32 rows of one matrix (of gate and up in the
-// fused kernel) for up to W picks of one expert: its simdgroups take blocks of 64 columns in turn (32-row tiles alone would
-// leave most of a GPU idle: 768 rows x 8 experts are 192 simdgroups), and add their sums through threadgroup memory.
-// With W > 1 the first of every W picks of an expert works for all of them and the others return at once, so an expert
-// that several tokens chose is decoded once.
+// Grid: x = row tiles x simdgroups x 32, y = picks of a row of z, z = rows of z. One threadgroup computes 32 rows of
+// one matrix (of gate and up in the fused kernel) for up to W picks of one expert: its simdgroups take blocks of 64
+// columns in turn (32-row tiles alone would leave most of a GPU idle: 768 rows x 8 experts are 192 simdgroups), and add
+// their sums through threadgroup memory. With W > 1 the first of every W picks of an expert works for all of them and
+// the others return at once, so an expert that several tokens chose is decoded once.
 
 #define TQ_BASE params[0]
 #define TQ_EXPERTS params[1]
@@ -98,8 +98,8 @@ METAL_FUNC void multiply_block(const device uint* block, half4 gains, const devi
 
 // Blocks sg, sg + sgs, ... of row tile `tile`.
 template <int L, int W>
-METAL_FUNC void multiply_tile(MatrixView m, uint tile, const device float* z, const thread uint* from, uint count, uint sg,
-                              uint sgs, ushort lane, thread float* acc) {
+METAL_FUNC void multiply_tile(MatrixView m, uint tile, const device float* z, const thread uint* from, uint count,
+                              uint sg, uint sgs, ushort lane, thread float* acc) {
   BlockGroup g = block_group(m, 0, 0, lane);
   const device uint* payload = m.payload + tile * tile_words(m, g, lane);
   for (uint first = 0; first < m.blocks; first += 32) {
@@ -179,12 +179,12 @@ METAL_FUNC float activate(float gate, float up, float alpha, float limit) {
   return gate * gate;
 }
 
-// hidden f32 [picks, rows] = activation of matrices 0 and 1 (of matrix 0 alone for TQ_RELU2), before the second rotation.
-// shape f32 [2]: alpha and limit of TQ_SWIGLU_OAI. sums: threadgroup floats, 2 x simdgroups x W x 32.
+// hidden f32 [picks, rows] = activation of matrices 0 and 1 (of matrix 0 alone for TQ_RELU2), before the second
+// rotation. shape f32 [2]: alpha and limit of TQ_SWIGLU_OAI. sums: threadgroup floats, 2 x simdgroups x W x 32.
 template <int L, int W, int ACT, typename Ids, typename Table, typename Params, typename Shape>
-METAL_FUNC void trellis_gather_gate_up(const device uchar* pool, Ids ids, Table table, const device float* z, Params params,
-                                       Shape shape, device float* hidden, threadgroup float* sums, uint3 group, uint sg,
-                                       uint sgs, uint lane) {
+METAL_FUNC void trellis_gather_gate_up(const device uchar* pool, Ids ids, Table table, const device float* z,
+                                       Params params, Shape shape, device float* hidden,
+                                       threadgroup float* sums, uint3 group, uint sg, uint sgs, uint lane) {
   const uint tile = group.x, pick = group.z * TQ_SHARED + group.y;
   const Members members = members_of<W>(ids, pick, TQ_PICKS, lane);
   if (members.count == 0) return;

@@ -4,19 +4,19 @@
 //   x      f32 [tiles, 512], weights in the code's own units
 //   units  f32 [3]: cost units of 1.0; the largest magnitude of a target in them; the next float above the units
 //   codes  u8 [tiles, 64 KV], values f32 [tiles, 512] that they decode to  (KV bits a window; WEIGHTS 2: T2, 1: 3INST)
-//   marks  u32 [tiles, 512 / WEIGHTS * Q / 32 * KV], scratch: decisions, KV bits for each of Q = 2^(L - KV) and each step
+//   marks  u32 [tiles, 512 / WEIGHTS * Q / 32 * KV], scratch: decisions, KV bits for each of Q = 2^(L - KV), each step
 //   best   i16 2 Q a tile, scratch: in threadgroup memory where it fits, else in device memory
 //
 // Grid: x = tiles x THREADS. One threadgroup encodes one tile. A step goes from window p + 1 to window p, because the
-// decoder's window reads forward: s(p) = (s(p + 1) << KV | bits) mod 2^L. Of the 2^KV states q + j Q that lead to the states
-// q << KV | bits the cheapest is kept: best[q]. The cost of a state is that of its best plus its own error, so only Q costs
-// are stored, and each step reads the old half of `best` and writes the other. One barrier a step; the least cost is
-// brought to -32768 by the next step's reads. A thread takes R consecutive q, which share a predecessor for each j; code
-// weights are computed, a table of 2^L of them would be read in every step. Two runs: a free one over the windows around the seam finds the bits that
-// the last window shares with the first, then one over all windows with them fixed.
+// decoder's window reads forward: s(p) = (s(p + 1) << KV | bits) mod 2^L. Of the 2^KV states q + j Q that lead to the
+// states q << KV | bits the cheapest is kept: best[q]. The cost of a state is that of its best plus its own error, so
+// only Q costs are stored, and each step reads the old half of `best` and writes the other. One barrier a step; the
+// least cost is brought to -32768 by the next step's reads. A thread takes R consecutive q, which share a predecessor
+// for each j; code weights are computed, as a table of 2^L of them would be read in every step. Two runs: a free one
+// over the windows around the seam finds the bits that the last window shares with the first, then one over all windows
+// with them fixed.
 
-// d * d / 2^15, rounded, |d| < 2^15: the upper half of a register is free where a shift is not.
-METAL_FUNC int rounded_square(int d) { return high16(uint(d * (d + d)) + 32768u); }
+METAL_FUNC int rounded_square(int d) { return (d * d + 16384) >> 15; }
 
 // A float of 1.5 * 2^23 + n has the bits of an int plus n, so adding this rounds to an integer without a conversion.
 #define TQ_ROUND 12582912.0f
@@ -27,8 +27,8 @@ METAL_FUNC uint state_product(uint s) {
   return WEIGHTS == 2 ? s * 0xCBAC1FEDu : s * 89226354u + 64248484u;
 }
 
-// Error of a state's weights: 16-bit with saturation. x0, x1: targets plus the bits of TQ_ROUND. `unit` is the next float
-// above the units: then halves are rounded away from zero, as on the CPU, for all states.
+// Error of a state's weights: 16-bit with saturation. x0, x1: targets plus the bits of TQ_ROUND. `unit` is the next
+// float above the units: then halves are rounded away from zero, as on the CPU, for all states.
 template <int WEIGHTS>
 METAL_FUNC int state_error(uint product, float unit, int x0, int x1) {
   const half2 v = code_halves(product);
@@ -51,8 +51,8 @@ struct Shared {
   uint state;
 };
 
-// `steps` windows from `first` down, circular; `seam` fixes the low bits of the state before, Q leaves it free. Returns how
-// much the last step's costs stand above -32768.
+// `steps` windows from `first` down, circular; `seam` fixes the low bits of the state before, Q leaves it free. Returns
+// how much the last step's costs stand above -32768.
 template <int KV, int WEIGHTS, int L, int THREADS, typename Best>
 METAL_FUNC int search(uint first, uint steps, uint seam, Best best, float unit, device uint* marks,
                       threadgroup Shared<THREADS>* shared, uint thread_index, ushort lane) {
@@ -153,9 +153,13 @@ METAL_FUNC void trellis_viterbi(const device float* x, Units units, device uchar
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   // Survivors of a search have merged after some constraint lengths: `reach` windows on both sides of the seam.
-  int amount = search<KV, WEIGHTS, L, THREADS>(reach - 1, 2 * reach, Q, best, units[2], mine, shared, thread_index, lane);
-  uint state = cheapest<KV, WEIGHTS, L, THREADS>(0, 1, total - reach, 2 * reach, amount, best, units[2], shared, thread_index, lane);
-  if (thread_index == 0) shared->state = walk_back<KV, WEIGHTS, L, THREADS>(state, 2 * reach, reach, false, mine, shared);
+  int amount =
+      search<KV, WEIGHTS, L, THREADS>(reach - 1, 2 * reach, Q, best, units[2], mine, shared, thread_index, lane);
+  uint state = cheapest<KV, WEIGHTS, L, THREADS>(0, 1, total - reach, 2 * reach, amount, best, units[2], shared,
+                                                 thread_index, lane);
+  if (thread_index == 0) {
+    shared->state = walk_back<KV, WEIGHTS, L, THREADS>(state, 2 * reach, reach, false, mine, shared);
+  }
   threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
   const uint seam = shared->state & (Q - 1);
   amount = search<KV, WEIGHTS, L, THREADS>(total - 1, total, seam, best, units[2], mine, shared, thread_index, lane);

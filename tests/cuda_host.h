@@ -1,12 +1,12 @@
 // A CUDA kernel as C++ for the host: one fiber for each thread of a block, blocks one after the other. The types of half
 // and bfloat16 are the CUDA toolkit's own headers, which also work on a host; the rest of what the kernels call is here.
 // A simd operation that not all 32 lanes reach, or a barrier that not all threads reach, ends the run with an error.
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math.h>
 #include <ucontext.h>
 #include <vector>
 #include <vector_functions.h>

@@ -83,7 +83,6 @@ def recorded(run: Runner = lambda launch, inputs, outputs: outputs) -> Iterator[
     try:
         with (
             mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel),
-            mock.patch.object(mx.fast, "metal_kernel", lambda **arguments: cuda.kernel(**arguments)),
             mock.patch.object(cuda, "available", lambda: True),
         ):
             yield found

@@ -48,13 +48,14 @@ def products(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterator[Call]
                     return metal.gather_gate_up(z, ids, metal.Records(pool, table), layer, tokens)
 
                 records = mx.array(case.pool), mx.array(case.table)
-                yield Call(f"gate_up {activation} L {length} tokens {tokens}", gate_up, (*records, z, ids))
+                name = f"gate_up {activation} L {length} tokens {tokens} ids {ids_type}".replace("mlx.core.", "")
+                yield Call(name, gate_up, (*records, z, ids))
             for dtype in DTYPES:
 
                 def qmv(pool, table, z, ids, layer=case.layer, tokens=tokens, dtype=dtype):
                     return metal.gather_qmv(z, ids, metal.Records(pool, table), layer, 0, tokens, dtype)
 
-                name = f"qmv {dtype} L {length} tokens {tokens}".replace("mlx.core.", "")
+                name = f"qmv {dtype} L {length} tokens {tokens} ids {ids_type}".replace("mlx.core.", "")
                 yield Call(name, qmv, (*records, z, ids))
 
 
@@ -68,7 +69,8 @@ def dequantizations(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterato
                 return metal.dequantize(ids, metal.Records(pool, table), layer, 0, dtype)
 
             arrays = mx.array(case.pool), mx.array(case.table), mx.zeros((experts - 1,), ids_type)
-            yield Call(f"dequantize {dtype} L {length}".replace("mlx.core.", ""), dequantize, arrays)
+            name = f"dequantize {dtype} L {length} ids {ids_type}".replace("mlx.core.", "")
+            yield Call(name, dequantize, arrays)
 
 
 def encoders() -> Iterator[Call]:

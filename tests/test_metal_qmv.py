@@ -84,9 +84,9 @@ def test_lanes_and_simdgroups_in_any_order(rng, seed):
 def test_one_token_top_one_with_inputs_in_constant_space(rng):
     case = make_case(rng, d=64, middle=32, experts=3)
     assert case.table.size < 8
+    fn = lambda records: lambda z, ids: metal.gather_gate_up(z, ids, records, case.layer, 1)  # noqa: E731
+    z = rows(rng, 1, 64)
     for mode in ("as", "check"):
-        fn = lambda records: lambda z, ids: metal.gather_gate_up(z, ids, records, case.layer, 1)  # noqa: E731
-        z = rows(rng, 1, 64)
         y, report = case.run(metal_cpu.emulate, fn, mx.array(z), mx.array([2], dtype=mx.uint32), mode=mode)
         assert not report.problems, report
     assert_close(y, case.hidden(2, z[0])[None], TOLERANCE[mx.float32])
@@ -182,7 +182,5 @@ def test_record_beyond_4_gib(rng, tmp_path):
 def test_number_of_tokens_is_checked(rng, count):
     case = make_case(rng, d=64, middle=32, experts=1)
     records = metal.Records(mx.array(case.pool), mx.array(case.table))
-    with pytest.raises(ValueError, match=rf"1 to {metal.MAX_TOKENS} tokens but was given {count}"):
+    with pytest.raises(ValueError, match=rf"1 to {metal.MAX_TOKENS} tokens but {count} were given"):
         metal.gather_qmv(mx.zeros((1, 64)), mx.zeros((1,), mx.uint32), records, case.layer, 0, count, mx.float32)
-
-

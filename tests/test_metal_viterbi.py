@@ -74,7 +74,8 @@ def test_address_spaces(rate, length):
 
 def test_encode_tiles_in_several_launches(rng, monkeypatch):
     """The drop-in for native.encode_tiles, with less scratch memory than tiles need."""
-    monkeypatch.setattr(metal_encode, "SCRATCH_BYTES", metal_encode.SCRATCH_BYTES // metal_encode.tiles_in_a_launch(5, 12) * 2)
+    one = metal_encode.SCRATCH_BYTES // metal_encode.tiles_in_a_launch(5, 12)
+    monkeypatch.setattr(metal_encode, "SCRATCH_BYTES", 2 * one)
     x = tiles(rng, 5)
     metal_encode._viterbi_kernel.cache_clear()
     with metal_cpu.emulated_kernels(mode="run") as report:

@@ -6,10 +6,12 @@ nothing is done there.
 """
 
 import ctypes
+import os
 import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 SHIM = "libtiny_qmoe_blas.so"
 
@@ -40,3 +42,11 @@ def install() -> str:
     library.tq_blas_set_target.argtypes = [ctypes.c_void_p]
     library.tq_blas_set_target(ctypes.cast(sgemm, ctypes.c_void_p))
     return "numpy's OpenBLAS"
+
+
+def shared_machine() -> Any:
+    """Context in which BLAS takes half of the cores: its threads spin at barriers, and where one has lost its core to
+    another program all wait, ten times as long as one thread alone would take."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(max(1, (os.cpu_count() or 2) // 2), "blas")

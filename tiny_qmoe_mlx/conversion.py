@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import save_model
+from threadpoolctl import threadpool_limits
 
 from tiny_qmoe_mlx import calibrate, checkpoint, native, ops
 from tiny_qmoe_mlx.codecs import rotation, trellis
@@ -118,7 +119,8 @@ def convert(
     checkpoint.check_finite(source)
     spec.calibration["tokens"] = 0 if batch is None else int(batch.size)
     check_space(mlx_path, sum(layer.data_bytes for layer in spec.layers))
-    with staged_directory(mlx_path, overwrite) as directory:
+    # one thread of BLAS: the same bytes on every machine, and its threads spin where others need the cores
+    with staged_directory(mlx_path, overwrite) as directory, threadpool_limits(1, "blas"):
         try:
             _write_rest(model, config, layers, spec, settings, source, directory)
             _write_experts(model, layers, spec, settings, batch, directory, progress)

@@ -6,12 +6,11 @@ launches serve both. The text becomes CUDA through kernels/cuda_prelude.h and a 
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from tiny_qmoe_mlx import kernel_text
 
 # In this order. A declaration without `*` is of what lies in threadgroup memory; other address spaces are a pointer's.
 REPLACEMENTS = (
@@ -27,15 +26,6 @@ REPLACEMENTS = (
 def available() -> bool:
     """Whether MLX computes on an NVIDIA GPU."""
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
-
-
-@cache
-def prelude() -> str:
-    """Text of kernels/cuda_prelude.h."""
-    folder = resources.files("tiny_qmoe_mlx") / "kernels"
-    if not folder.is_dir():
-        folder = Path(__file__).resolve().parents[1] / "kernels"
-    return (folder / "cuda_prelude.h").read_text(encoding="utf-8")
 
 
 def translate(text: str) -> str:
@@ -61,6 +51,6 @@ def kernel(
         name=name,
         input_names=input_names,
         output_names=output_names,
-        header=prelude() + translate(header),
+        header=kernel_text.read("cuda_prelude.h") + translate(header),
         source=translate(source),
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import blas, locate, terminal
 from tiny_qmoe_mlx.staging import MANIFEST
 
 EXAMPLES = """
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
     against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
     windows = cut(tokenizer.encode(text, add_special_tokens=False), args.window, args.tokens)
-    with terminal.Bars(quiet) as bars:
+    with terminal.Bars(quiet) as bars, blas.shared_machine():
         found = evaluate(model, windows, against, bars)
     read = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)
     found["bits_per_byte"] = found["nll"] * found["tokens"] / math.log(2) / max(1, read)

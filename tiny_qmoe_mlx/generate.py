@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import blas, locate, terminal
 from tiny_qmoe_mlx.staging import write_json
 
 EXAMPLES = """
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> int:
     context = _context(directory, len(prompt), args)
     with terminal.Bars(args.quiet or args.json) as bars:
         model, _ = models.load(directory, args.memory, context, bars, tokenizer)
-    stats = _write(model, tokenizer, prompt, args)
+    with blas.shared_machine():
+        stats = _write(model, tokenizer, prompt, args)
     model.close()
     if args.stats:
         write_json(Path(args.stats), stats)

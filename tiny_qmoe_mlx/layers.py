@@ -61,7 +61,8 @@ class TrellisExperts(nn.Module):
         chosen = np.array(indices).astype(np.int64).reshape(len(tokens), -1)
         with self._memory.lock:
             self._memory.settle()
-            y = self._few(tokens, chosen) if len(tokens) <= ops.DECODE_TOKENS else self._many(tokens, chosen)
+            straight = ops.from_records(len(tokens), self._kind)
+            y = self._from_records(tokens, chosen) if straight else self._by_expert(tokens, chosen)
         return mx.array(y).reshape(*indices.shape, -1).astype(x.dtype)
 
     def _groups(self, chosen: np.ndarray, most: int = 1 << 30) -> list[np.ndarray]:
@@ -70,8 +71,8 @@ class TrellisExperts(nn.Module):
         size = min(most, self._memory.cache.pool_of_layer[self._index].slots)
         return [distinct[i : i + size] for i in range(0, len(distinct), size)]
 
-    def _few(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Decode: all picks of a group of experts in one product, straight from the records."""
+    def _from_records(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """All picks of a group of experts in one product, straight from the records."""
         cache, pool = self._memory.cache, self._memory.cache.pool_of_layer[self._index]
         flat = chosen.reshape(-1)
         rows = np.repeat(np.arange(len(tokens), dtype=np.int32), chosen.shape[1])
@@ -87,8 +88,8 @@ class TrellisExperts(nn.Module):
             cache.release(self._index, experts)
         return out
 
-    def _many(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Prefill: expert by expert in file order, each decoded once and multiplied with all its tokens."""
+    def _by_expert(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Expert by expert in file order, each decoded once and multiplied with all its tokens."""
         cache, pool = self._memory.cache, self._memory.cache.pool_of_layer[self._index]
         z = rotation.rotate(tokens, self._kind.sign_in)
         out = np.empty((*chosen.shape, self._kind.matrices[-1][1]), np.float32)

@@ -1,21 +1,22 @@
 """Metal kernels: their text from kernels/*.metal, each built once, and a function per operation.
 
 All functions take and return lazy `mx.array`s and never evaluate, so a decode step of a resident model stays one graph;
-they can be traced by `mx.export_function` where there is no GPU. Records must have passed the host's check: a kernel trusts
-their headers.
+they can be traced by `mx.export_function` where there is no GPU. Records must have passed the host's check: a kernel
+trusts their headers.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from importlib import resources
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from tiny_qmoe_mlx import cuda, kernel_text
 from tiny_qmoe_mlx.codecs import rotation, trellis
 
+Kernel = Callable[..., list[mx.array]]
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2, "relu2": 3}  # TQ_* of trellis_gather_qmv.metal
 MAX_TOKENS = 64  # of one product straight from records
 WIDTH = 8  # picks of one expert that share a decoding
@@ -29,7 +30,7 @@ THREADS = 32  # of a simdgroup
 class ExpertShapes:
     """What the kernels of one layer of experts need to know.
 
-    shapes: (rows, columns) of gate, up, down, or fc1, fc2; bias: whether they have biases; length: L of all its records;
+    shapes: (rows, columns) of gate, up, down, or fc1, fc2; bias: whether they have biases; length: L of all records;
     sign_in, sign_mid: signs of the two rotations, float32 (padded columns,); activation: the module's own, called with
     (up, gate) or (hidden); fused: one of ACTIVATIONS that equals it, with alpha and limit, or None.
     """
@@ -53,8 +54,11 @@ class ExpertShapes:
 
 @dataclass(frozen=True)
 class Records:
-    """Where records lie: `pool` u8 (any shape, contiguous), its first record `base` bytes from the start, and expert e of
-    the layer at 128 * table[e] bytes from there; table u32 (experts,)."""
+    """Where records lie.
+
+    pool: u8, of any shape, contiguous; base: bytes before its first record, such that its address is a multiple of 128;
+    table: u32 (experts,): expert e of the layer is 128 * table[e] bytes after base.
+    """
 
     pool: mx.array
     table: mx.array
@@ -62,17 +66,20 @@ class Records:
 
 
 def available() -> bool:
-    """Whether MLX would run these kernels."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
+    """Whether MLX would run these kernels: on an Apple GPU, or on an NVIDIA one through cuda.py."""
+    return cuda.available() or (mx.metal.is_available() and mx.default_device() == mx.gpu)
+
+
+def build(**arguments: Any) -> Kernel:
+    """A kernel for this machine's GPU; arguments of `mx.fast.metal_kernel`."""
+    make: Callable[..., Any] = cuda.kernel if cuda.available() else mx.fast.metal_kernel
+    return make(**arguments)
 
 
 @cache
 def source(*names: str) -> str:
     """Text of kernels/<name>.metal, one after the other."""
-    folder = resources.files("tiny_qmoe_mlx") / "kernels"
-    if not folder.is_dir():
-        folder = Path(__file__).resolve().parents[1] / "kernels"
-    return "\n".join((folder / f"{name}.metal").read_text(encoding="utf-8") for name in names)
+    return "\n".join(kernel_text.read(f"{name}.metal") for name in names)
 
 
 _POSITION = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup"
@@ -80,8 +87,8 @@ _LANE = "thread_index_in_simdgroup"
 
 
 @cache
-def _rotate_kernel():
-    return mx.fast.metal_kernel(
+def _rotate_kernel() -> Kernel:
+    return build(
         name="rotate",
         input_names=["x", "signs", "params"],
         output_names=["z"],
@@ -91,8 +98,8 @@ def _rotate_kernel():
 
 
 @cache
-def _qmv_kernel():
-    return mx.fast.metal_kernel(
+def _qmv_kernel() -> Kernel:
+    return build(
         name="trellis_gather_qmv",
         input_names=["pool", "ids", "table", "z", "params"],
         output_names=["y"],
@@ -103,25 +110,27 @@ def _qmv_kernel():
 
 
 @cache
-def _gate_up_kernel():
-    return mx.fast.metal_kernel(
+def _gate_up_kernel() -> Kernel:
+    return build(
         name="trellis_gather_gate_up",
         input_names=["pool", "ids", "table", "z", "params", "shape"],
         output_names=["hidden"],
         header=source("trellis_decode", "trellis_gather_qmv"),
-        source="threadgroup float sums[2 * SG * W * 32]; trellis_gather_gate_up<L, W, ACT>(pool, ids, table, z, params, "
+        source="threadgroup float sums[2 * SG * W * 32]; "
+        "trellis_gather_gate_up<L, W, ACT>(pool, ids, table, z, params, "
         f"shape, hidden, sums, {_POSITION}, simdgroups_per_threadgroup, {_LANE});",
     )
 
 
 @cache
-def _dequantize_kernel():
-    return mx.fast.metal_kernel(
+def _dequantize_kernel() -> Kernel:
+    return build(
         name="trellis_dequantize",
         input_names=["pool", "ids", "table", "params"],
         output_names=["w", "bias"],
         header=source("trellis_decode", "trellis_dequantize"),
-        source="threadgroup vec<T, 2> staged[SG * 32 * 17]; trellis_dequantize<L, SG>(pool, ids, table, params, w, bias, staged, "
+        source="threadgroup vec<T, 2> staged[SG * 32 * 17]; "
+        "trellis_dequantize<L, SG>(pool, ids, table, params, w, bias, staged, "
         f"{_POSITION}, {_LANE});",
     )
 
@@ -155,7 +164,7 @@ def rotate(x: mx.array, signs: mx.array, dtype: mx.Dtype = mx.float32) -> mx.arr
     return _rotate_kernel()(
         inputs=[x, signs, numbers(mx.uint32, columns, padded)],
         template=[("H", size), ("Z", dtype)],
-        grid=(padded // size * threads, rows, 1),
+        grid=(rows * threads, padded // size, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows, padded)],
         output_dtypes=[dtype],
@@ -165,16 +174,18 @@ def rotate(x: mx.array, signs: mx.array, dtype: mx.Dtype = mx.float32) -> mx.arr
 def _width(tokens: int) -> int:
     """Picks of one expert that a threadgroup serves at once; more than one only where tokens may share experts."""
     if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"[metal.experts] a product from records takes 1 to {MAX_TOKENS} tokens but was given {tokens}.")
+        raise ValueError(
+            f"[metal.experts] records are multiplied with 1 to {MAX_TOKENS} tokens but {tokens} were given."
+        )
     return 1 if tokens == 1 else WIDTH
 
 
 def takes_records(picks: int, experts: int) -> bool:
     """Whether `experts` costs less than `expert_group`, for a router that favours no expert.
 
-    By the issue slots that the emulator counts for a weight at 2 bits and 16 state bits: products from records take 5.2 for
-    each decoding (of up to 8 picks) and 1.7 a pick; the dense decoder takes 14, and MLX's gather_mm about 1.1 for each
-    row of a tile of at least 16. They meet at 12 picks of one expert.
+    By the issue slots that the emulator counts for a weight at 2 bits and 16 state bits: products from records take 5.2
+    for each decoding (of up to 8 picks) and 1.7 a pick; the dense decoder takes 14, and MLX's gather_mm about 1.1 (an
+    assumption, nothing was timed) for each row of a tile of at least 16. They meet at 12 picks of one expert.
     """
     chosen = experts * (1 - (1 - 1 / experts) ** picks)
     return picks <= RECORD_PICKS * chosen

@@ -8,7 +8,7 @@ import numpy as np
 from tiny_qmoe_mlx import metal
 from tiny_qmoe_mlx.codecs import trellis
 
-# Cost units of 1.0 and the largest target, for T2 and 3INST: those of kernels/cpu/encoder.cpp, where their reasons stand.
+# Cost units of 1.0 and the largest target, for T2 and 3INST: those of kernels/cpu/encoder.cpp, which gives the reasons.
 UNITS = {False: (4700.0, 32767.0 - 2 * 4700.0), True: (6000.0, 32767.0)}
 SCRATCH_BYTES = 256 << 20  # of decisions in one launch
 CHIP_COSTS = 4096  # up to so many costs, two of each, lie in threadgroup memory
@@ -17,9 +17,9 @@ TILE = trellis.ROW_TILE * trellis.TILE_COLUMNS
 
 
 @cache
-def _viterbi_kernel(on_chip: bool):
+def _viterbi_kernel(on_chip: bool) -> metal.Kernel:
     best = "chip" if on_chip else "best + ulong(threadgroup_position_in_grid.x) * (2 << (L - KV))"
-    return mx.fast.metal_kernel(
+    return metal.build(
         name="trellis_viterbi_chip" if on_chip else "trellis_viterbi",
         input_names=["x", "units"],
         output_names=["codes", "values", "marks"] + ["best"] * (not on_chip),
@@ -65,7 +65,8 @@ def search(x: mx.array, rate: int, length: int) -> tuple[mx.array, mx.array]:
 
 def encode_tiles(x: np.ndarray, rate: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """As `native.encode_tiles`: arguments, results and errors."""
-    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape[1:] != (trellis.ROW_TILE, trellis.TILE_COLUMNS):
+    shape = (trellis.ROW_TILE, trellis.TILE_COLUMNS)
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape[1:] != shape:
         raise ValueError("[metal_encode.encode_tiles] x should be a numpy array of float32 (n, 32, 16).")
     if rate not in range(1, len(trellis.PLANES)) or length not in trellis.LENGTHS:
         raise ValueError(

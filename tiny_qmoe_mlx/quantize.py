@@ -17,10 +17,12 @@ from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.feedback import block_order, clipped, columns_of, encode_stack, factor, rotated_hessian
 from tiny_qmoe_mlx.rates import fixed_bytes, keeps_row_gains, record_bytes_for, water_fill
 
-__all__ = ["ExpertInputs", "blend", "quantize_layer", "record_bytes_for"]
+__all__ = ["ExpertInputs", "blend", "quantize_layer", "record_bytes_for", "token_weights"]
 
 TILES_AT_ONCE = 64  # row tiles per call of the encoder: enough for its threads to be busy
 PRIOR_STRENGTH = 0.25  # tokens that the layer's Hessian counts for, per column
+MASSIVE = 1000.0  # times the median token's: the largest weight of a token
+HIDDEN_WEIGHT = 2.0  # of gate and up beside down; measured by KL divergence, flat from 1.5 to 3
 
 
 @dataclass
@@ -28,8 +30,8 @@ class ExpertInputs:
     """One expert as the quantizer needs it.
 
     weights: float (rows, columns) each: gate, up, down, or fc1, fc2.
-    h_in: float (d, d), mean over tokens of x x^T for the expert layer's input x, in model space (not rotated).
-        Experts that share one array share the work on it.
+    h_in: float (d, d), mean over tokens of x x^T for the expert layer's input x, in model space (not rotated); best
+        with tokens weighted by `token_weights`. Experts that share one array share the work on it.
     h_mid: float (w, w), the same for the input of down (fc2), on the scale of the same tokens.
     biases: float (rows,) each in the order of weights, or None.
     """
@@ -38,6 +40,23 @@ class ExpertInputs:
     h_in: np.ndarray
     h_mid: np.ndarray
     biases: list[np.ndarray] | None = None
+
+
+def token_weights(hidden: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """How much each token should count in h_in, float32 (tokens,); the median token counts 1.
+
+    An error of gate and up grows with the hidden values it passes through: at a token of massive activations (attention
+    sinks; arXiv 2402.17762) by orders of magnitude, and all later tokens attend to what comes out there.
+
+    Args:
+        hidden: float (tokens, w), the input of down.
+        down: float (d, w).
+    """
+    energy = np.square(hidden, dtype=np.float64) @ np.square(down, dtype=np.float64).sum(0)
+    median = np.median(energy) if len(energy) else 0.0
+    if not median > 0:
+        return np.ones(len(energy), np.float32)
+    return np.minimum(energy / median, MASSIVE).astype(np.float32)
 
 
 def blend(
@@ -215,7 +234,7 @@ def _reach(expert: ExpertInputs, planes: list[_Plane]) -> list[np.ndarray]:
         power = np.einsum("ij,ij->i", p.w.astype(np.float64) @ p.h, p.w)
         reach = np.zeros(len(power))
         n = min(len(hidden), p.shape[0])
-        reach[:n] = hidden[:n] / np.maximum(power[:n], 1e-30)
+        reach[:n] = HIDDEN_WEIGHT * hidden[:n] / np.maximum(power[:n], 1e-30)
         out.append(reach)
     return [*out, np.ones(len(planes[-1].w))]
 

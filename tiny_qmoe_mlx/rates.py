@@ -10,23 +10,21 @@ import numpy as np
 
 from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns
 from tiny_qmoe_mlx.codecs.trellis import BITS, UNIT, block_bytes, side_bytes
+from tiny_qmoe_mlx.codecs.trellis_scale import GAUSSIAN
 from tiny_qmoe_mlx.errors import BudgetError
 
-# Mean squared error of the encoder's 32 x 16 tiles on a unit Gaussian source, by L and rate (index 0 to 7), and the
-# gain by which the code's own values are multiplied (the same within 2 % for every L). Measured; see test_quantize.py.
-DISTORTION = {
-    12: np.array([1, 0.525, 0.2766, 0.1462, 0.0779, 0.0429, 0.0194, 0.00526]),
-    14: np.array([1, 0.518, 0.2700, 0.1406, 0.0754, 0.0403, 0.0182, 0.00480]),
-    16: np.array([1, 0.514, 0.2667, 0.1377, 0.0739, 0.0390, 0.0176, 0.00457]),
-}
-GAIN = np.array([0, 0.790, 0.989, 1.109, 1.190, 1.260, 0.870, 0.900])
 DB_PER_BIT = 6.02
 SPREAD_LOSS = 0.85  # dB per bit and unit of row spread that one gain for all rows costs (measured on mixed Gaussians)
 
 ALIGNMENTS = (16384, 4096, 1024, 128)
 CHECKSUM_BYTES, CHECKSUM_SPAN = 8, 65536
 MAX_RATE = len(BITS) - 1
-KEEP = 0.995  # of the asked bits a coarser alignment must still spend
+KEEP = 0.998  # of the asked bits a coarser alignment must still spend
+
+
+def distortion(length: int) -> np.ndarray:
+    """Mean squared error of the code at each rate, 0 to 7, on a unit Gaussian source."""
+    return np.array([1.0] + [GAUSSIAN[length, rate][1] for rate in range(1, MAX_RATE + 1)])
 
 
 def fixed_bytes(shapes: list[tuple[int, int]], row_gains: list[bool], bias: bool) -> int:
@@ -71,7 +69,7 @@ def record_bytes_for(
         header_bytes: most bytes that the file's header takes before it is padded to the alignment.
 
     Returns:
-        (record bytes, alignment): the coarsest alignment that still spends 99.5 % of the asked bits, else 128.
+        (record bytes, alignment): the coarsest alignment that still spends 99.8 % of the asked bits, else 128.
 
     Raises:
         BudgetError: the bits do not even hold the gains, or not a rate of 0.5 for every block.
@@ -121,9 +119,9 @@ def water_fill(importance: list[np.ndarray], rows: list[int], budget: int, lengt
         per matrix u8 (blocks,). Errors fall by one common slope (lambda) per byte; bytes that the next step of a wide
         matrix cannot use go to the best step that still fits.
     """
-    distortion = DISTORTION[length]
+    error = distortion(length)
     rates = [np.zeros(len(d), np.uint8) for d in importance]
-    heap = [_step(m, b, 0, importance, rows, distortion) for m, d in enumerate(importance) for b in range(len(d))]
+    heap = [_step(m, b, 0, importance, rows, error) for m, d in enumerate(importance) for b in range(len(d))]
     heapq.heapify(heap)
     left = budget
     while heap:
@@ -133,17 +131,17 @@ def water_fill(importance: list[np.ndarray], rows: list[int], budget: int, lengt
         left -= cost
         rates[m][b] = rate
         if rate < MAX_RATE:
-            heapq.heappush(heap, _step(m, b, rate, importance, rows, distortion))
+            heapq.heappush(heap, _step(m, b, rate, importance, rows, error))
     return rates
 
 
 def _step(
-    m: int, b: int, rate: int, importance: list[np.ndarray], rows: list[int], distortion: np.ndarray
+    m: int, b: int, rate: int, importance: list[np.ndarray], rows: list[int], error: np.ndarray
 ) -> tuple[float, int, int, int, int]:
     """The step from a rate to the next: (-error saved per byte, matrix, block, next rate, bytes).
 
-    Single steps are the convex hull: DISTORTION falls ever more slowly per plane, which the tests check.
+    Single steps are the convex hull: the error falls ever more slowly per plane, which the tests check.
     """
     cost = block_bytes(rows[m], rate + 1) - block_bytes(rows[m], rate)
-    saved = importance[m][b] * (distortion[rate] - distortion[rate + 1])
+    saved = importance[m][b] * (error[rate] - error[rate + 1])
     return -saved / cost, m, b, rate + 1, cost
