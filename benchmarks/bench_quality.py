@@ -1,6 +1,6 @@
 """Quality of compressed experts on held-out text: perplexity, KL divergence and top-1 agreement with the original.
 
-    python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0]
+    python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0] [--models dense moe]
 
 `rows`: SmolLM2-135M, each layer's feed-forward as one expert, ours beside MLX's affine quantization (group size 64),
 every byte counted. `moe_rows`: the demo model, converted by `convert` and compared with the unconverted. Text for
@@ -9,12 +9,17 @@ calibration and for evaluation come from other passages of the same two sources 
 
 import argparse
 import json
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import texts
 from dense_llama import CONTEXT, Dense, attention, forward, hidden, load, rms_norm
 
+from tiny_qmoe_mlx import blas
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer, token_weights
 from tiny_qmoe_mlx.rates import file_bytes, record_bytes_for
@@ -25,8 +30,16 @@ GROUP_SIZE = 64
 CHUNK = 64  # tokens whose logits are in memory at once: they should fit the cache
 
 
-def passages(model: Dense, calibration: int, evaluation: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (sequences, 512): for calibration, spread over each text, and its first passages for evaluation."""
+@dataclass
+class Sample:
+    """Token ids, int (sequences, 512) each."""
+
+    calibration: np.ndarray
+    held_out: np.ndarray
+
+
+def passages(model: Dense, calibration: int, evaluation: int) -> Sample:
+    """From each text, sequences for calibration, spread over it, and its first ones for evaluation."""
     learn, held_out = [], []
     for name in texts.NAMES:
         ids = np.array(model.tokenizer.encode(texts.load(name)[:1_500_000]).ids)
@@ -34,7 +47,7 @@ def passages(model: Dense, calibration: int, evaluation: int) -> tuple[np.ndarra
         held_out.append(windows[:evaluation])
         rest = windows[2 * evaluation :]
         learn.append(rest[np.linspace(0, len(rest) - 1, calibration).astype(int)])
-    return np.concatenate(learn), np.concatenate(held_out)
+    return Sample(np.concatenate(learn), np.concatenate(held_out))
 
 
 def compress(model: Dense, tokens: np.ndarray, bits: float, length: int) -> tuple[list[list[np.ndarray]], float]:
@@ -113,30 +126,64 @@ def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mass, mass.sum(-1)
 
 
-def dense_rows(
-    asked: list[float], affine_bits: list[int], calibration: int, evaluation: int, length: int
-) -> list[dict]:
-    """Rows of the dense model; calibration and evaluation count sequences of 512 tokens from each text."""
-    model = load()
-    learn, tokens = passages(model, calibration, evaluation)
-    reference = forward(model, tokens)
-    rows = [report({"method": "original", "asked": 32, "bits": 32.0, **compare(model, reference, reference, tokens)})]
+def dense_rows(model: Dense, sample: Sample, asked: list[float], affine_bits: list[int], length: int) -> list[dict]:
+    """The dense model: original, MLX affine, ours."""
+    reference = forward(model, sample.held_out)
+    scores = compare(model, reference, reference, sample.held_out)
+    rows = [report({"method": "original", "asked": 32, "bits": 32.0, **scores})]
     for bits in affine_bits:
         weights, spent = affine(model, bits)
-        scores = compare(model, reference, forward(model, tokens, weights), tokens)
+        scores = compare(model, reference, forward(model, sample.held_out, weights), sample.held_out)
         rows.append(report({"method": "affine", "asked": bits, "bits": spent, **scores}))
     for target in asked:
         start = time.perf_counter()
-        weights, spent = compress(model, learn, target, length)
+        weights, spent = compress(model, sample.calibration, target, length)
         seconds = time.perf_counter() - start
-        scores = compare(model, reference, forward(model, tokens, weights), tokens)
+        scores = compare(model, reference, forward(model, sample.held_out, weights), sample.held_out)
         rows.append(report({"method": "trellis", "asked": target, "bits": spent, **scores, "seconds": seconds}))
     return rows
 
 
-def moe_rows(asked: list[float]) -> list[dict]:
-    """The demo model converted at each number of bits against the unconverted one."""
-    return []
+def moe_rows(windows: list[list[int]], asked: list[float], affine_bits: list[int], length: int) -> list[dict]:
+    """The demo MoE, its experts alone compressed, against the unconverted; ours by the product's own commands."""
+    from tiny_qmoe_mlx import convert, demo, plan
+    from tiny_qmoe_mlx.evaluate import evaluate, open_any
+
+    source = str(demo.source_directory())
+    original, _ = open_any(source, quiet=True)
+
+    def row(method: str, target: float, bits: float, model: Callable) -> dict:
+        found = evaluate(model, windows, original)
+        scores = {"ppl": found["perplexity"], "kl": found["kl_mean"], "top1": found["top1"]}
+        return report({"method": method, "asked": target, "bits": bits, **scores})
+
+    rows = [row("original", 16, 16.0, original)]
+    for bits in affine_bits:
+        rows.append(row("affine", bits, *affine_experts(source, bits)))
+    for target in asked:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "converted"
+            convert(
+                source, out, bits=target, rest_bits=16, length=length, calibration=str(demo.calibration_text_path())
+            )
+            rows.append(row("trellis", target, plan.sizes(out)["bits"], open_any(str(out), quiet=True)[0]))
+    return rows
+
+
+def affine_experts(source: str, bits: int) -> tuple[float, Callable]:
+    """(bits per expert weight, the model with its experts after mx.quantize), float16 scales and biases."""
+    import mlx.core as mx
+
+    from tiny_qmoe_mlx.evaluate import open_any
+
+    model, _ = open_any(source, quiet=True)
+    size, count = 0, 0
+    for _, module in model.named_modules():
+        if type(module).__name__ == "SwitchLinear":
+            parts = mx.quantize(module.weight.astype(mx.float16), GROUP_SIZE, bits)
+            size, count = size + sum(part.nbytes for part in parts), count + module.weight.size
+            module.weight = mx.dequantize(*parts, GROUP_SIZE, bits).astype(mx.float32)
+    return 8 * size / count, model
 
 
 def report(row: dict) -> dict:
@@ -152,14 +199,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=float, nargs="*", default=None, help="bits per weight (default: 1.5 2 3)")
     parser.add_argument("--affine", type=int, nargs="*", default=None, help="MLX affine bits (default: 2 3 4)")
+    parser.add_argument("--models", nargs="*", default=["dense", "moe"], choices=["dense", "moe"], help="which models")
     parser.add_argument("--length", type=int, default=12, choices=trellis.LENGTHS, help="L of the trellis")
     parser.add_argument("--quick", action="store_true", help="2.0 bits and affine 2 only, fewer tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     bits = args.bits if args.bits is not None else [2.0] if args.quick else [1.5, 2.0, 3.0]
     affine_bits = args.affine if args.affine is not None else [2] if args.quick else [2, 3, 4]
-    rows = dense_rows(bits, affine_bits, *((4, 1) if args.quick else (12, 8)), args.length)
-    result = {"rows": rows, "moe_rows": moe_rows(bits)}
+    blas.install()
+    model = load()
+    sample = passages(model, *((4, 1) if args.quick else (24, 8)))
+    result = {}
+    if "dense" in args.models:
+        print(f"SmolLM2-135M, {sample.held_out.size} tokens")
+        result["rows"] = dense_rows(model, sample, bits, affine_bits, args.length)
+    if "moe" in args.models:
+        windows = sample.held_out[:: 1 if args.quick else 2].tolist()
+        print(f"demo MoE, {len(windows) * CONTEXT} tokens")
+        result["moe_rows"] = moe_rows(windows, bits, affine_bits, args.length)
     if args.json:
         print(json.dumps(result))
 

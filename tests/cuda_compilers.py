@@ -1,5 +1,6 @@
 """CUDA text to PTX by NVRTC or nvcc, and to a program for the CPU by g++; none of them needs a GPU."""
 
+import atexit
 import ctypes
 import hashlib
 import shutil
@@ -69,8 +70,9 @@ def no_host() -> str:
 
 @cache
 def scratch() -> Path:
-    """A folder with stand-ins for headers, removed by the system."""
+    """A folder with stand-ins for headers, kept while Python runs."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-qmoe-cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / DEVICE_HEADER).parent.mkdir(parents=True)
     (folder / DEVICE_HEADER).write_text(STAND_IN)
     return folder

@@ -22,8 +22,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from tiny_qmoe_mlx import metal, metal_encode  # noqa: E402
 
 QMV = [
-    "test_metal_qmv.py::test_every_instance_of_gate_up_at_every_rate[2-16-swiglu_oai]",
-    "test_metal_qmv.py::test_every_instance_of_qmv_at_every_rate[1-16-mlx.core.float32]",
+    "test_metal_qmv.py::test_every_instance_of_gate_up_at_every_rate[2-swiglu_oai-16]",
+    "test_metal_qmv.py::test_every_instance_of_qmv_at_every_rate[1-mlx.core.float32-16]",
     "test_metal_qmv.py::test_one_token_top_one_with_inputs_in_constant_space",
     "test_metal_qmv.py::test_more_than_one_group_of_32_blocks",
     "test_metal_qmv.py::test_more_picks_of_an_expert_than_one_group_takes",
@@ -35,7 +35,7 @@ QMV = [
     "test_metal_qmv.py::test_shared_experts_are_decoded_once",
     "test_metal_qmv.py::test_record_beyond_4_gib",
 ]
-ACTIVATE = [f"test_metal_qmv.py::test_every_instance_of_gate_up_at_every_rate[1-16-{n}]" for n in metal.ACTIVATIONS]
+ACTIVATE = [f"test_metal_qmv.py::test_every_instance_of_gate_up_at_every_rate[1-{n}-16]" for n in metal.ACTIVATIONS]
 DENSE = [
     "test_metal_dense.py::test_every_instance_of_dequantize_at_every_rate[12-mlx.core.float16]",
     "test_metal_dense.py::test_dequantize_down_with_more_than_32_blocks",

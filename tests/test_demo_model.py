@@ -17,8 +17,8 @@ pytestmark = [
 ]
 TOKENS = 200
 PROMPT = "The history of the city begins in"
-# 30 layers of float32 sums in another order, logits of up to 40; 4e-4 was seen
-LOGIT_TOLERANCE = 5e-3
+# 30 layers of float32 sums in another order, logits of up to 35; 1.0e-4 was seen
+LOGIT_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,12 @@ def test_rotation_in_any_order_of_lanes(rng, seed):
     check_rotate(rng, 1, 4096, mx.float32, mx.float32, EXACT, mode="check", seed=seed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_of_a_slice(rng, dtype):
+    """Inputs may begin at any element: nothing wider than an element is loaded from them."""
+    check_rotate(rng, 2, 130, dtype, mx.float32, EXACT, mode="check", skew=True)
+
+
 def test_rotation_is_what_mlx_computes(rng):
     """mx.hadamard_transform on the same signs: made by other people."""
     columns = 1536

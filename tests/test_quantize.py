@@ -210,19 +210,24 @@ def test_record_is_filled_and_decodes_near_the_weights(two, bias):
 
 
 @needs_library
-@pytest.mark.parametrize("bits, highest", [(1.0, 0.33), (1.5, 0.18), (3.0, 0.03), (3.8, 0.01)])
-def test_more_bits_leave_less_error(bits, highest):
-    expert = make_expert(np.random.default_rng(6), 128, 128)
-    decoded, _, _ = round_trip(expert, bits)
-    for q, w, h in zip(decoded, expert.weights, (expert.h_in, expert.h_in, expert.h_mid), strict=True):
-        assert relative_error(w, q, h) < highest
+def test_more_bits_leave_less_error():
+    expert = make_expert(np.random.default_rng(6), 192, 192)
+    sides = (expert.h_in, expert.h_in, expert.h_mid)
+    errors = []
+    for bits in (1.0, 1.5, 2.0, 3.0, 3.8):
+        decoded, _, _ = round_trip(expert, bits)
+        errors.append(sum(map(relative_error, expert.weights, decoded, sides)) / 3)
+    # half a bit is a factor of 1.9 on a Gaussian source; from 3 to 3.8 bits 2.5
+    assert all(b < 0.7 * a for a, b in zip(errors, errors[1:], strict=False)), errors
 
 
 @needs_library
 def test_quantizers_own_reconstruction_is_what_the_record_decodes_to():
     """Without row gains the matrix that error feedback saw is, bit for bit, the one that the specification decodes."""
     rng = np.random.default_rng(7)
-    expert = ExpertInputs([rng.standard_normal((64, 128)).astype(np.float32) for _ in range(2)], np.eye(128), np.eye(128))
+    expert = ExpertInputs(
+        [rng.standard_normal((64, 128)).astype(np.float32) for _ in range(2)], np.eye(128), np.eye(128)
+    )
     expert.weights[1] = rng.standard_normal((64, 128)).astype(np.float32)
     sign = rotation.signs(3, 0, 0, 128)
     (record,) = quantize_layer([expert], sign, rotation.signs(3, 0, 1, 128), 128 + 2 * (128 + 64 * 128 // 4))
@@ -238,14 +243,14 @@ def test_quantizers_own_reconstruction_is_what_the_record_decodes_to():
 
 
 @needs_library
-@pytest.mark.parametrize("d, w", [(72, 40), (64, 33), (130, 65), (576, 64)])
+@pytest.mark.parametrize("d, w", [(72, 40), (192, 97), (130, 65), (576, 64)])
 def test_any_shape_by_padding(d, w):
     expert = make_expert(np.random.default_rng(8), d, w)
-    decoded, used, size = round_trip(expert, 3.0)
+    decoded, used, size = round_trip(expert, 4.0)
     assert used <= size
     for q, matrix, h in zip(decoded, expert.weights, (expert.h_in, expert.h_in, expert.h_mid), strict=True):
         assert q.shape == matrix.shape
-        assert relative_error(matrix, q, h) < 0.15  # 33 rows are stored as 64: the bits of half of them are lost
+        assert relative_error(matrix, q, h) < 0.15  # 97 rows are stored as 128, 65 columns as 128: bits are lost there
 
 
 @needs_library
@@ -263,7 +268,9 @@ def test_same_input_gives_the_same_bytes_alone_or_beside_others():
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["no tokens", "rank one", "massive activation", "zero weights", "tiny", "one huge row"])
+@pytest.mark.parametrize(
+    "kind", ["no tokens", "rank one", "massive activation", "zero weights", "tiny", "one huge row"]
+)
 def test_hostile_experts_give_finite_records(kind):
     rng = np.random.default_rng(10)
     expert = make_expert(rng, 128, 128)
@@ -280,9 +287,12 @@ def test_hostile_experts_give_finite_records(kind):
     if kind == "one huge row":
         expert.weights[2][7] *= 1e4
     decoded, _, _ = round_trip(expert, 2.0)
-    for q, w in zip(decoded, expert.weights, strict=True):
+    for q, w, h in zip(decoded, expert.weights, (expert.h_in, expert.h_in, expert.h_mid), strict=True):
         assert np.isfinite(q).all()
-        assert np.square(q - w).sum() <= 0.5 * np.square(w).sum() + 1e-6
+        if not w.any():
+            np.testing.assert_allclose(q, 0, atol=1e-5)
+        else:
+            assert relative_error(w, q, h if h.any() else np.eye(128)) < 0.3
 
 
 @needs_library

@@ -14,7 +14,15 @@ from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns, rotate
 from tiny_qmoe_mlx.codecs.trellis import ROW_TILE, TILE_COLUMNS, Matrix, Record, padded_rows
 from tiny_qmoe_mlx.errors import BudgetError
-from tiny_qmoe_mlx.feedback import block_order, clipped, columns_of, encode_stack, factor, rotated_hessian
+from tiny_qmoe_mlx.feedback import (
+    DAMPING,
+    block_order,
+    clipped,
+    columns_of,
+    encode_stack,
+    factor,
+    rotated_hessian,
+)
 from tiny_qmoe_mlx.rates import fixed_bytes, keeps_row_gains, record_bytes_for, water_fill
 
 __all__ = ["ExpertInputs", "blend", "quantize_layer", "record_bytes_for", "token_weights"]
@@ -228,7 +236,8 @@ def _reach(expert: ExpertInputs, planes: list[_Plane]) -> list[np.ndarray]:
     column: reach_i = |down[:, i]|^2 E[h_i^2] / E[row_i^2].
     """
     down = expert.weights[-1].astype(np.float64)
-    hidden = clipped(np.diag(expert.h_mid).astype(np.float64) * (down**2).sum(0))
+    moment = np.diag(expert.h_mid).astype(np.float64)
+    hidden = clipped((moment + DAMPING * clipped(moment).mean()) * (down**2).sum(0))
     out = []
     for p in planes[:-1]:
         power = np.einsum("ij,ij->i", p.w.astype(np.float64) @ p.h, p.w)

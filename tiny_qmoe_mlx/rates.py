@@ -72,7 +72,7 @@ def record_bytes_for(
         (record bytes, alignment): the coarsest alignment that still spends 99.8 % of the asked bits, else 128.
 
     Raises:
-        BudgetError: the bits do not even hold the gains, or not a rate of 0.5 for every block.
+        BudgetError: the bits do not hold the gains and half a bit for every weight.
     """
     weights = experts * sum(rows * columns for rows, columns in shapes)
     allowed = int(bits * weights / 8)
@@ -82,7 +82,7 @@ def record_bytes_for(
         record = _largest_within(allowed, experts, alignment, header_bytes)
         if record >= cap:
             return -(-cap // alignment) * alignment, alignment
-        if 8 * file_bytes(record, experts, alignment, header_bytes) >= KEEP * bits * weights:
+        if KEEP * allowed <= file_bytes(record, experts, alignment, header_bytes) <= allowed:
             break
     least = fixed_bytes(shapes, [False] * len(shapes), bias)
     least += sum(block_bytes(rows, 1) * padded_columns(columns) // COLUMN_BLOCK for rows, columns in shapes)
