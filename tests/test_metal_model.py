@@ -1,4 +1,4 @@
-"""The GPU path of whole models on Linux: every Metal kernel runs in the emulator, everything else on MLX's CPU backend."""
+"""The GPU path of whole models on Linux: Metal kernels run in the emulator, all else on MLX's CPU backend."""
 
 import metal_cpu
 import mlx.core as mx

@@ -1,4 +1,4 @@
-"""The thread pool of the C++ library under more threads than cores: a late worker must not run an item of another job."""
+"""The C++ library's thread pool with more threads than cores: a late worker must not run another job's item."""
 
 import shutil
 import subprocess

@@ -181,7 +181,7 @@ def test_token_weights_follow_the_output_energy_up_to_a_limit():
 
 @needs_library
 def test_feedback_lowers_the_output_error():
-    """Against rounding each column group for itself, the same encoder and rates: error by the definition tr(E H E^T)."""
+    """Against rounding each column group for itself, same encoder and rates: error by the definition tr(E H E^T)."""
     rng = np.random.default_rng(4)
     w = rng.standard_normal((1, 64, 256)).astype(np.float32)
     h = rotated_hessian(second_moment(rng, 256, 400), rotation.signs(0, 0, 0, 256))
@@ -297,7 +297,7 @@ def test_hostile_experts_give_finite_records(kind):
 
 @needs_library
 def test_massive_activation_leaves_the_other_inputs_their_precision():
-    """One input of down 768,168 times the others took down's bits and damping away; others must stay as good as 2 bits."""
+    """One input of down 768,168 times the others took bits and damping away; the others must stay as good as 2 bits."""
     rng = np.random.default_rng(11)
     expert = make_expert(rng, 128, 128)
     plain = expert.h_mid.copy()

@@ -1,9 +1,9 @@
 """What a layer of experts computes, straight from compressed records: a fused product for a few tokens (decode), and a
 product of many tokens with one decoded expert (prefill).
 
-The rule of dispatch: Metal where MLX computes on an Apple GPU; elsewhere the C++ library where it was built, and numpy
-where it was not; each call is counted by the path it took. On the CPU inputs and outputs are float32 numpy arrays, on
-the GPU lazy MLX arrays. Records are bytes that `check_record` has passed.
+The rule of dispatch: the Metal kernels where MLX computes on a GPU (as CUDA on NVIDIA's); elsewhere the C++ library
+where it was built, and numpy where it was not; each call is counted by the path it took. On the CPU inputs and outputs
+are float32 numpy arrays, on the GPU lazy MLX arrays. Records are bytes that `check_record` has passed.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from tiny_qmoe_mlx import metal, native
+from tiny_qmoe_mlx import cuda, metal, native
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 
@@ -123,12 +123,16 @@ def _matrix_product(record: np.ndarray, matrix: int, z: np.ndarray, kind: Expert
     return out if bias is None else out + bias[:rows].astype(np.float32)
 
 
-# ---- on an Apple GPU
+# ---- on a GPU
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on an Apple GPU: then experts are computed by the Metal kernels."""
+    """Whether MLX computes on a GPU: then experts are computed by the kernels of kernels/*.metal."""
     return metal.available()
+
+
+def _gpu() -> str:
+    return "cuda" if cuda.available() else "metal"
 
 
 def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray) -> metal.Records:
@@ -144,7 +148,7 @@ def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray)
 
 def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKind, dispatch: Dispatch) -> mx.array:
     """Decode: x (..., d) of at most DECODE_TOKENS tokens, indices (..., k) -> (..., k, d) in x's dtype, lazily."""
-    dispatch.counts["decode metal"] += 1
+    dispatch.counts[f"decode {_gpu()}"] += 1
     return metal.experts(x, indices, records, kind.for_metal)
 
 
@@ -167,7 +171,7 @@ def gpu_many(
     Returns:
         (picks, d) in z's dtype, lazily.
     """
-    dispatch.counts["prefill metal"] += 1
+    dispatch.counts[f"prefill {_gpu()}"] += 1
     place = mx.array(np.searchsorted(experts, of).astype(np.uint32))
     ids = mx.array(experts.astype(np.uint32))
     return metal.expert_group(z, mx.array(rows.astype(np.int32)), place, ids, records, kind.for_metal)

@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
         "device": str(mx.default_device()),
         "cpu_kernels": native.isa() if native.available() else None,
         "wired_limit_mb": _sysctl("iogpu.wired_limit_mb"),
-        **({"metal": mx.device_info()} if mx.metal.is_available() else {}),
+        **({"gpu": mx.device_info()} if ops.on_gpu() else {}),
     }
 
 
