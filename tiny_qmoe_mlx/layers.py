@@ -105,7 +105,7 @@ class TrellisExperts(nn.Module):
 
     def _on_gpu(self, x: mx.array, indices: mx.array) -> mx.array:
         memory, pool = self._memory, self._memory.cache.pool_of_layer[self._index]
-        few = x.size // x.shape[-1] <= ops.DECODE_TOKENS
+        few = ops.gpu_from_records(x.size // x.shape[-1], indices.shape[-1], memory.cache.experts_of(self._index))
         with memory.lock:
             if few and pool.resident:
                 return ops.gpu_few(x, indices, self._records(), self._kind, memory.dispatch)

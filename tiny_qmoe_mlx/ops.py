@@ -146,9 +146,15 @@ def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray)
     return metal.Records(pool, mx.array(units.astype(np.uint32)), base)
 
 
+def gpu_from_records(tokens: int, k: int, experts: int) -> bool:
+    """Whether a GPU multiplies tokens straight from the records; else each expert is decoded first."""
+    return tokens <= DECODE_TOKENS or (tokens <= metal.MAX_TOKENS and metal.takes_records(tokens * k, experts))
+
+
 def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKind, dispatch: Dispatch) -> mx.array:
-    """Decode: x (..., d) of at most DECODE_TOKENS tokens, indices (..., k) -> (..., k, d) in x's dtype, lazily."""
-    dispatch.counts[f"decode {_gpu()}"] += 1
+    """Straight from records: x (..., d) of at most 64 tokens, indices (..., k) -> (..., k, d) in x's dtype, lazily."""
+    phase = "decode" if x.size // x.shape[-1] <= DECODE_TOKENS else "prefill"
+    dispatch.counts[f"{phase} {_gpu()}"] += 1
     return metal.experts(x, indices, records, kind.for_metal)
 
 

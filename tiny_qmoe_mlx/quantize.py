@@ -6,16 +6,18 @@ round with error feedback (feedback.py), refit the gains. Experts are independen
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 import numpy as np
 
-from tiny_qmoe_mlx import native
+from tiny_qmoe_mlx import metal, metal_encode, native
 from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns, rotate
-from tiny_qmoe_mlx.codecs.trellis import ROW_TILE, TILE_COLUMNS, Matrix, Record, padded_rows
+from tiny_qmoe_mlx.codecs.trellis import PLANES, ROW_TILE, TILE_COLUMNS, Matrix, Record, padded_rows
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.feedback import (
     DAMPING,
+    Encoder,
     block_order,
     clipped,
     columns_of,
@@ -248,6 +250,26 @@ def _reach(expert: ExpertInputs, planes: list[_Plane]) -> list[np.ndarray]:
     return [*out, np.ones(len(planes[-1].w))]
 
 
+@cache
+def encoder(length: int) -> Encoder:
+    """The trellis encoder of this machine for L = length: the GPU's, once it has given the C++ one's codes; or C++.
+
+    Raises:
+        ValueError: the GPU's codes differ.
+    """
+    if not metal.available():
+        return native.encode_tiles
+    tiles = np.random.default_rng(0).standard_normal((2, ROW_TILE, TILE_COLUMNS)).astype(np.float32)
+    for rate in range(1, len(PLANES)):
+        codes, _ = metal_encode.encode_tiles(tiles, rate, length)
+        if not np.array_equal(codes, native.encode_tiles(tiles, rate, length)[0]):
+            raise ValueError(
+                f"[quantize] the GPU's encoder should give the C++ encoder's codes at rate {rate} and L {length}, and "
+                "does not; run python -m tiny_qmoe_mlx.doctor and report it."
+            )
+    return metal_encode.encode_tiles
+
+
 def _encode(prepared: list[list[_Plane]], length: int) -> Iterator[Record]:
     matrices: dict[int, Matrix] = {}
     stacks: dict[tuple[int, int], list[_Plane]] = {}
@@ -261,7 +283,7 @@ def _encode(prepared: list[list[_Plane]], length: int) -> Iterator[Record]:
             np.stack([p.row_gain for p in stack]),
             stack[0].shape[0],
             length,
-            native.encode_tiles,
+            encoder(length),
         )
         for p, codes, gains, rounded in zip(stack, encoded.codes, encoded.gains, encoded.rounded, strict=True):
             matrices[id(p)] = _matrix(p, codes, gains, rounded)
