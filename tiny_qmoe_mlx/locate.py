@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from tiny_qmoe_mlx import terminal
-from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.staging import MANIFEST
 
 DEMO = "demo"
@@ -23,7 +22,8 @@ def model_directory(name: str, quiet: bool = False) -> Path:
     The demo is built in a child process, so that building it does not count in the memory of this one.
 
     Raises:
-        FormatError: there is no such model, or the demo could not be built.
+        FormatError: there is no such model.
+        SystemExit: the demo could not be built; the reason has been printed.
     """
     if name != DEMO:
         from tiny_qmoe_mlx import checkpoint
@@ -69,7 +69,7 @@ def _build_in_child(quiet: bool) -> None:
     if child.returncode < 0 or child.returncode == terminal.INTERRUPTED:
         raise KeyboardInterrupt
     if child.returncode:
-        raise FormatError("[demo] the demo model could not be built, for the reason given above.")
+        raise SystemExit(child.returncode)  # the child has said why
 
 
 def main(argv: list[str]) -> int:
