@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     else:
         print(_line(stats), file=sys.stderr)
         if any("numpy" in path for path in stats["dispatch"]):
-            print("experts were computed by numpy, slowly: the C++ library was not built on this machine", file=sys.stderr)
+            print("experts were computed by numpy, slowly: the C++ library was not built here", file=sys.stderr)
     return 0
 
 
