@@ -1,6 +1,7 @@
 # make demo        English from a compressed mixture-of-experts model, from nothing: installs into .venv, builds, converts, generates
 # make test        the tests that take seconds;  make test-slow  all of them
 # make lint        ruff and mypy
+# make mutants     plants 125 defects in the Metal kernels, one at a time: the tests must catch them (minutes)
 # make wheel       a wheel in dist/
 # make clean       removes .venv and what was built
 # PYTHON=python3.12 chooses the interpreter; else the newest one from 3.10 on that is installed.
@@ -15,7 +16,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 SOURCES = pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 
-.PHONY: demo test test-slow lint wheel clean
+.PHONY: demo test test-slow lint mutants wheel clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tiny_qmoe_mlx.generate --model demo
@@ -29,6 +30,9 @@ test-slow: $(VENV)/.dev $(VENV)/.demo
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+mutants: $(VENV)/.dev
+	$(RUN) tests/metal_mutants.py
 
 wheel: $(VENV)/.dev
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -2,13 +2,14 @@
 
 import threading
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import records
 from mlx.nn import Module
 
-from tiny_qmoe_mlx import container
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx import container, metal
+from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.expert_cache import PAGE, ExpertCache, Pool
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
 from tiny_qmoe_mlx.expert_store import ExpertStore
@@ -86,6 +87,22 @@ def test_loading_all_counts_no_miss(model):
 
 def test_slots_begin_at_a_page():
     assert Pool(4096, 3).data.ctypes.data % PAGE == 0
+
+
+@pytest.mark.slow
+def test_pool_beyond_two_gib_has_no_dimension_that_mlx_refuses():
+    pool = Pool(1 << 20, 2200)  # takes its 2.3 GB of memory for a moment
+    assert max(pool.array.shape) < 2**31 < pool.array.nbytes
+    pool.slot(2199)[:] = 7
+    assert (pool.data[-(1 << 20) :] == 7).all()
+
+
+def test_pool_beyond_the_gpus_largest_buffer_is_refused(monkeypatch):
+    monkeypatch.setattr(metal, "available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_buffer_length": 10_000})
+    Pool(1024, 4)
+    with pytest.raises(BudgetError, match="more than the 10000 that this GPU takes in one buffer"):
+        Pool(1024, 16)
 
 
 def damage(model, layer, offset):

