@@ -146,7 +146,9 @@ def dense_rows(model: Dense, sample: Sample, asked: list[float], affine_bits: li
 
 def moe_rows(windows: list[list[int]], asked: list[float], affine_bits: list[int], length: int) -> list[dict]:
     """The demo MoE, its experts alone compressed, against the unconverted; ours by the product's own commands."""
-    from tiny_qmoe_mlx import convert, demo, plan
+    from tiny_qmoe_mlx import demo
+    from tiny_qmoe_mlx.container import sizes
+    from tiny_qmoe_mlx.convert import convert
     from tiny_qmoe_mlx.evaluate import evaluate, open_any
 
     source = str(demo.source_directory())
@@ -166,7 +168,7 @@ def moe_rows(windows: list[list[int]], asked: list[float], affine_bits: list[int
             convert(
                 source, out, bits=target, rest_bits=16, length=length, calibration=str(demo.calibration_text_path())
             )
-            rows.append(row("trellis", target, plan.sizes(out)["bits"], open_any(str(out), quiet=True)[0]))
+            rows.append(row("trellis", target, sizes(out)["bits"], open_any(str(out), quiet=True)[0]))
     return rows
 
 
@@ -207,9 +209,17 @@ def main() -> None:
     bits = args.bits if args.bits is not None else [2.0] if args.quick else [1.5, 2.0, 3.0]
     affine_bits = args.affine if args.affine is not None else [2] if args.quick else [2, 3, 4]
     blas.install()
+    with blas.shared_machine():
+        result = run(args, bits, affine_bits)
+    if args.json:
+        print(json.dumps(result))
+
+
+def run(args: argparse.Namespace, bits: list[float], affine_bits: list[int]) -> dict:
+    """Both models' rows, as asked on the command line."""
     model = load()
     sample = passages(model, *((4, 1) if args.quick else (24, 8)))
-    result = {}
+    result: dict = {}
     if "dense" in args.models:
         print(f"SmolLM2-135M, {sample.held_out.size} tokens")
         result["rows"] = dense_rows(model, sample, bits, affine_bits, args.length)
@@ -217,8 +227,7 @@ def main() -> None:
         windows = sample.held_out[:: 1 if args.quick else 2].tolist()
         print(f"demo MoE, {len(windows) * CONTEXT} tokens")
         result["moe_rows"] = moe_rows(windows, bits, affine_bits, args.length)
-    if args.json:
-        print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

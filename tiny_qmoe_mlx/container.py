@@ -223,6 +223,23 @@ def open_model(path: str | Path, hash_files: bool = False) -> Container:
     return Container(directory, config, spec, files)
 
 
+def sizes(directory: str | Path) -> dict[str, Any]:
+    """path, bits per expert weight and bytes on disk of a converted directory.
+
+    Raises:
+        FormatError: it is not one.
+    """
+    container = open_model(directory)
+    return {
+        "path": str(directory),
+        "bits": container.spec.bits,
+        "file_bytes": sum(entry["bytes"] for entry in container.files.values()),
+        "expert_file_bytes": sum(container.files[layer.file]["bytes"] for layer in container.spec.layers),
+        "experts": sum(layer.experts for layer in container.spec.layers),
+        "expert_layers": len(container.spec.layers),
+    }
+
+
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """The manifest's files, their names and fields checked, and the manifest's own hash.
 

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
             overwrite=args.overwrite,
             progress=bars,
         )
-    from tiny_qmoe_mlx.plan import sizes
+    from tiny_qmoe_mlx.container import sizes
 
     found = sizes(out)
     if args.json:

@@ -13,25 +13,6 @@ EXAMPLES = """
 """
 
 
-def sizes(directory: str | Path) -> dict[str, Any]:
-    """path, bits per expert weight and bytes on disk of a converted directory.
-
-    Raises:
-        FormatError: it is not one.
-    """
-    from tiny_qmoe_mlx.container import open_model
-
-    container = open_model(directory)
-    return {
-        "path": str(directory),
-        "bits": container.spec.bits,
-        "file_bytes": sum(entry["bytes"] for entry in container.files.values()),
-        "expert_file_bytes": sum(container.files[layer.file]["bytes"] for layer in container.spec.layers),
-        "experts": sum(layer.experts for layer in container.spec.layers),
-        "expert_layers": len(container.spec.layers),
-    }
-
-
 def plan(directory: str | Path, memory: str | int = "auto", context: int | None = None) -> dict[str, Any]:
     """Whether and how a converted model runs in a budget.
 
@@ -51,7 +32,7 @@ def plan(directory: str | Path, memory: str | int = "auto", context: int | None 
     import mlx.core as mx
 
     from tiny_qmoe_mlx import budget
-    from tiny_qmoe_mlx.container import open_model
+    from tiny_qmoe_mlx.container import open_model, sizes
 
     container = open_model(directory)
     limit = budget.longest_context(container.config)
