@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import locate, metal, models, native, plan
+from tiny_qmoe_mlx import locate, metal, models, native, plan, probes
 from tiny_qmoe_mlx.conversion import Settings, convert
 
 pytestmark = [metal_cpu.required, pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")]
@@ -110,3 +110,17 @@ def test_a_layer_and_a_whole_token_of_the_demo(gpu):
     assert outputs[1].argmax() == outputs[0].argmax()
     assert model.tiny_qmoe.dispatch.counts["decode metal"] >= 60  # the prompt's chunk and the step, 30 layers each
     model.close()
+
+
+def test_a_gpu_that_computes_wrongly_is_refused(converted, monkeypatch):
+    directory = converted("qwen3_moe")
+    monkeypatch.setattr(metal, "available", lambda: True)
+    for error in (0.01, float("nan")):
+        monkeypatch.setattr(probes, "kernel_error", lambda *args, error=error, **options: error)
+        with pytest.raises(ValueError, match="run python -m tiny_qmoe_mlx.doctor"):
+            models.load(directory, context=128)
+
+
+def test_the_emulated_gpu_passes_the_check_at_load(gpu):
+    gpu(True)
+    models.check_gpu(12)

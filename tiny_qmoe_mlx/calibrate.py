@@ -8,7 +8,7 @@ import numpy as np
 
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.quantize import ExpertInputs, blend
+from tiny_qmoe_mlx.quantize import ExpertInputs, blend, token_weights
 
 STARVED = 4  # an expert with fewer tokens than this many times its width also sees tokens that were not routed to it
 PRIOR_TOKENS = 512
@@ -80,8 +80,17 @@ def expert_inputs(
             yield ExpertInputs(mine, _identity(mine[0].shape[1]), _identity(mine[-1].shape[1]), bias)
             continue
         x = tokens.x[(tokens.chosen == e).any(1)]
-        h_in = blend(x.T @ x, len(x), layer_sum, len(tokens.x))
-        yield ExpertInputs(mine, h_in, _hidden_moment(mine, bias, x, tokens, kind), bias)
+        hidden = _hidden(mine, bias, x, kind) if len(x) else np.zeros((0, mine[-1].shape[1]), np.float32)
+        h_in = blend(_weighted_moment(x, hidden, mine[-1]), len(x), layer_sum, len(tokens.x))
+        yield ExpertInputs(mine, h_in, _hidden_moment(mine, bias, hidden, tokens, kind), bias)
+
+
+def _weighted_moment(x: np.ndarray, hidden: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """Sum of x x^T, tokens weighted by what their hidden values do to the output (mean weight 1)."""
+    if not len(x):
+        return x.T @ x
+    weight = token_weights(hidden, down)
+    return x.T @ (x * (weight / weight.mean())[:, None].astype(np.float32))
 
 
 def _identity(size: int) -> np.ndarray:
@@ -97,13 +106,11 @@ def _hidden(weights: list[np.ndarray], bias: list[np.ndarray] | None, x: np.ndar
 
 
 def _hidden_moment(
-    weights: list[np.ndarray], bias: list[np.ndarray] | None, x: np.ndarray, tokens: LayerTokens, kind: ExpertKind
+    weights: list[np.ndarray], bias: list[np.ndarray] | None, hidden: np.ndarray, tokens: LayerTokens, kind: ExpertKind
 ) -> np.ndarray:
-    width = weights[-1].shape[1]
-    hidden = _hidden(weights, bias, x, kind) if len(x) else np.zeros((0, width), np.float32)
-    if len(x) >= STARVED * width:
-        return blend(hidden.T @ hidden, len(x))
+    if len(hidden) >= STARVED * hidden.shape[1]:
+        return blend(hidden.T @ hidden, len(hidden))
     # what the expert would compute for tokens that went elsewhere is the best guess at what it has not seen
     others = tokens.x[:: max(1, len(tokens.x) // PRIOR_TOKENS)]
     prior = _hidden(weights, bias, others, kind)
-    return blend(hidden.T @ hidden, len(x), prior.T @ prior, len(others))
+    return blend(hidden.T @ hidden, len(hidden), prior.T @ prior, len(others))

@@ -13,7 +13,7 @@ from tiny_qmoe_mlx.staging import MANIFEST
 
 DEMO = "demo"
 DEMO_BITS = 2.0
-CONVERTER = 1  # raise it whenever the same settings give another file: old demo models are then converted anew
+CONVERTER = 2  # raise it whenever the same settings give another file: old demo models are then converted anew
 
 
 def model_directory(name: str, quiet: bool = False) -> Path:

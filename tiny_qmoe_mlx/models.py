@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import checkpoint
+from tiny_qmoe_mlx import checkpoint, ops, probes
 from tiny_qmoe_mlx.container import Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import ExpertCache
@@ -153,17 +153,34 @@ def load(
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget is too small; the text names the smallest that works.
+        ValueError: this machine's GPU computes experts wrongly.
     """
     directory = checkpoint.find_directory(str(path))
     container = open_model(directory, hash_files=True)
     cpu = mx.default_device() == mx.cpu
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(budgets.MLX_CACHE_BYTES)
+    if ops.on_gpu():
+        check_gpu(container.spec.length)
     model = _build(directory, container, cpu)
     model.tiny_qmoe = Runtime(container, budget, trellis_layers(model))
     if budget.mode == "resident":
         _load_resident(model.tiny_qmoe, progress)
     return model, tokenizer or open_tokenizer(directory)
+
+
+def check_gpu(length: int) -> None:
+    """Refuse a GPU whose kernels differ from the numpy specification on a small layer of noise with every rate.
+
+    Raises:
+        ValueError: with the error; a wrong answer is worse than none.
+    """
+    error, allowed = probes.kernel_error(None, length, 1, mx.float16, bias=True), probes.TOLERANCE[mx.float16]
+    if not error <= allowed:
+        raise ValueError(
+            f"[gpu] experts should come within {allowed:g} of the specification on this GPU, they are {error:.2g} off; "
+            "run python -m tiny_qmoe_mlx.doctor --record FILE and report it; mx.set_default_device(mx.cpu) works."
+        )
 
 
 def open_tokenizer(directory: Path) -> TokenizerWrapper:

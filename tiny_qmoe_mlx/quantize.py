@@ -145,6 +145,8 @@ def _check(number: int, expert: ExpertInputs, signs_in: np.ndarray, signs_mid: n
             raise ValueError(
                 f"[quantize] expert {number}: the bias of {name} should be ({w.shape[0]},), received {bias.shape}."
             )
+        if bias is not None and np.abs(bias).max(initial=0) > 65504:
+            raise ValueError(f"[quantize] expert {number}: the bias of {name} should fit float16 (65504), it does not.")
         for what, values in (("weights", w), ("Hessian", h), ("bias", bias)):
             if values is not None and not np.isfinite(values).all():
                 raise ValueError(
