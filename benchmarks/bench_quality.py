@@ -1,10 +1,12 @@
 """Quality of compressed experts on held-out text: perplexity, KL divergence and top-1 agreement with the original.
 
-    python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0] [--models dense moe]
+    python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0] [--seed 0 1 2] [--ablate] [--models ...]
 
 `rows`: SmolLM2-135M, each layer's feed-forward as one expert, ours beside MLX's affine quantization (group size 64),
-every byte counted. `moe_rows`: the demo model, converted by `convert` and compared with the unconverted. Text for
-calibration and for evaluation come from other passages of the same two sources (texts.py).
+every byte counted; with several seeds (calibration passages and rotation signs) each seed's row and `medians`.
+`ablation`: at 2 bits, one ingredient left out or changed per row. `moe_rows`: the demo model, by `convert`, and
+the unconverted. Text for calibration and for evaluation come from other passages of the same two sources;
+`kl_other` is the KL divergence on a source that calibration never sees (texts.py).
 """
 
 import argparse
@@ -17,14 +19,23 @@ from pathlib import Path
 
 import numpy as np
 import texts
-from dense_llama import CONTEXT, Dense, attention, forward, hidden, load, rms_norm
+from ablations import ABLATIONS
+from dense_llama import CONTEXT, Dense, forward, load
 
 from tiny_qmoe_mlx import blas
 from tiny_qmoe_mlx.codecs import rotation, trellis
+from tiny_qmoe_mlx.drift import corrected_down
 from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer, token_weights
-from tiny_qmoe_mlx.rates import file_bytes, record_bytes_for
+from tiny_qmoe_mlx.rates import file_bytes, layer_bits, record_bytes_for
 
 SEED = 0
+CALIBRATION = 48  # sequences of each text
+SHIFT = 3  # windows by which another seed's calibration passages lie further on
+TEXT = 1_500_000  # characters of a source
+NOISE = np.float32(0.1)  # relative size of the noise that sensitivities are measured with
+LAYER_BOUNDS = (0.75, 4.0)  # bits of a layer
+SENSED = 256  # tokens of each sequence in that measurement
+ABLATION_BITS = 2.0
 HEADER_BYTES = 512
 GROUP_SIZE = 64
 CHUNK = 64  # tokens whose logits are in memory at once: they should fit the cache
@@ -32,46 +43,122 @@ CHUNK = 64  # tokens whose logits are in memory at once: they should fit the cac
 
 @dataclass
 class Sample:
-    """Token ids, int (sequences, 512) each."""
+    """Token ids, int (sequences, 512) each; `other` is of sources that are not calibrated on."""
 
     calibration: np.ndarray
     held_out: np.ndarray
+    other: np.ndarray
 
 
-def passages(model: Dense, calibration: int, evaluation: int) -> Sample:
-    """From each text, sequences for calibration, spread over it, and its first ones for evaluation."""
+def passages(model: Dense, calibration: int, evaluation: int, seed: int = SEED) -> Sample:
+    """From each text, sequences for calibration, spread over it, and its first ones for evaluation.
+
+    Another seed takes other sequences for calibration; those for evaluation stay.
+    """
     learn, held_out = [], []
     for name in texts.NAMES:
-        ids = np.array(model.tokenizer.encode(texts.load(name)[:1_500_000]).ids)
-        windows = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+        windows = model.windows(texts.load(name)[:TEXT])
         held_out.append(windows[:evaluation])
         rest = windows[2 * evaluation :]
-        learn.append(rest[np.linspace(0, len(rest) - 1, calibration).astype(int)])
-    return Sample(np.concatenate(learn), np.concatenate(held_out))
+        spread = np.linspace(0, len(rest) - 1, calibration).astype(int)
+        learn.append(rest[(spread + SHIFT * seed) % len(rest)])
+    other = np.concatenate([model.windows(texts.load(name)[:TEXT])[: evaluation] for name in texts.UNSEEN])
+    return Sample(np.concatenate(learn), np.concatenate(held_out), other)
 
 
-def compress(model: Dense, tokens: np.ndarray, bits: float, length: int) -> tuple[list[list[np.ndarray]], float]:
+def compress(
+    model: Dense,
+    tokens: np.ndarray,
+    bits: float,
+    length: int,
+    seed: int = SEED,
+    drift: bool = True,
+    sensitivity: np.ndarray | None = None,
+) -> tuple[list[list[np.ndarray]], float]:
     """Feed-forward weights after a trip through records, and the bits that their files would spend.
 
-    Calibration goes layer by layer through the layers compressed so far, as `convert` does.
+    Calibration goes layer by layer, beside the original model's states, as `convert` does.
+
+    Args:
+        seed: of the rotation's signs.
+        drift: correct down for what the layers before and gate and up lost.
+        sensitivity: of the layers (`sensitivities`); None for the same bits in all.
     """
     shapes = [w.shape for w in model.feed_forward(0)]
-    record_bytes, alignment = record_bytes_for(bits, shapes, experts=1, header_bytes=HEADER_BYTES)
-    x = model.embedding[tokens]
-    out = []
-    for i in range(len(model.layers)):
-        x = attention(model, i, x)
-        z = rms_norm(x, model.layers[i]["ffn_norm"], model.epsilon).reshape(-1, x.shape[-1])
-        weights = model.feed_forward(i)
-        mid = hidden(weights[0], weights[1], z)
-        weighted = z * token_weights(mid, weights[2])[:, None]
-        expert = ExpertInputs(weights, z.T @ weighted / len(z), mid.T @ mid / len(z))
-        signs = [rotation.signs(SEED, i, side, w.shape[1]) for side, w in enumerate(weights[1:])]
+    layers, weights = len(model.layers), sum(rows * columns for rows, columns in shapes)
+    shares = np.full(layers, bits)
+    if sensitivity is not None:
+        shares = layer_bits(sensitivity, np.full(layers, weights), bits, *LAYER_BOUNDS)
+    original = x = model.embed(tokens)
+    out, spent = [], 0
+    for i in range(layers):
+        record_bytes, alignment = record_bytes_for(shares[i], shapes, experts=1, header_bytes=HEADER_BYTES)
+        spent += file_bytes(record_bytes, 1, alignment, HEADER_BYTES)
+        x = model.attend(i, x)
+        if drift:
+            original = after_layer(model, i, model.attend(i, original))
+        z = model.ffn_input(i, x).reshape(-1, x.shape[-1])
+        expert = expert_inputs(model, i, x, z, original if drift else None)
+        signs = [rotation.signs(seed, i, side, w.shape[1]) for side, w in enumerate(expert.weights[1:])]
         (record,) = quantize_layer([expert], *signs, record_bytes, length)
-        out.append(decoded(trellis.pack(record, record_bytes), shapes, signs))
-        x += (hidden(out[-1][0], out[-1][1], z) @ out[-1][2].T).reshape(x.shape)
-    spent = 8 * file_bytes(record_bytes, 1, alignment, HEADER_BYTES) / sum(r * c for r, c in shapes)
-    return out, spent
+        gate, up, down = decoded(trellis.pack(record, record_bytes), shapes, signs)
+        out.append([gate, up, down])
+        x = model.join(i, x, (model.ffn_hidden(i, gate, up, z) @ down.T).reshape(x.shape))
+    return out, 8 * spent / (layers * weights)
+
+
+def after_layer(model: Dense, layer: int, x: np.ndarray) -> np.ndarray:
+    """States after the layer's own feed-forward."""
+    gate, up, down = model.feed_forward(layer)
+    return model.join(layer, x, model.ffn_hidden(layer, gate, up, model.ffn_input(layer, x)) @ down.T)
+
+
+def expert_inputs(model: Dense, layer: int, x: np.ndarray, z: np.ndarray, original: np.ndarray | None) -> ExpertInputs:
+    """The feed-forward as the quantizer takes it.
+
+    Args:
+        x: states after attention, compressed. z: what gate and up read of them, (tokens, d).
+        original: the original model's states after the layer; None for no correction of down.
+    """
+    gate, up, down = weights = model.feed_forward(layer)
+    mid = model.ffn_hidden(layer, gate, up, z)
+    weighted = z * token_weights(mid, down)[:, None]
+    expert = ExpertInputs(weights, z.T @ weighted / len(z), mid.T @ mid / len(z))
+    if original is not None:
+        missing = None
+        if type(model).join is Dense.join:  # else down's output passes a norm, and what is missing is no linear matter
+            missing = (original - model.join(layer, x, (mid @ down.T).reshape(x.shape))).reshape(z.shape)
+
+        def down_inputs(rounded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            new, moment = corrected_down(down, mid, model.ffn_hidden(layer, *rounded, z), missing)
+            return new, moment / np.float32(len(z))
+
+        expert.down_inputs = down_inputs
+    return expert
+
+
+def sensitivities(model: Dense, tokens: np.ndarray, seed: int = SEED) -> np.ndarray:
+    """KL divergence per relative squared error of each layer's feed-forward output, float64 (layers,).
+
+    One pass of the original model and one in which every sequence gets noise in one layer only: white, a tenth of the
+    size of the token's output.
+    """
+    rng = np.random.default_rng(seed)
+    layers = len(model.layers)
+    own = np.arange(len(tokens)) % layers
+    x = model.embed(tokens)
+    for i in range(layers):
+        x = model.attend(i, x)
+        gate, up, down = model.feed_forward(i)
+        y = model.ffn_hidden(i, gate, up, model.ffn_input(i, x)) @ down.T
+        noise = rng.standard_normal(y[own == i].shape, np.float32)
+        y[own == i] += NOISE * noise * np.linalg.norm(y[own == i], axis=-1, keepdims=True) / np.float32(
+            y.shape[-1] ** 0.5
+        )
+        x = model.join(i, x, y)
+    noisy, clean = model.finish(x), forward(model, tokens)
+    kl = [compare(model, clean[[j]], noisy[[j]], tokens[[j]])["kl"] for j in range(len(tokens))]
+    return np.array([np.mean([kl[j] for j in np.flatnonzero(own == i)]) for i in range(layers)]) / NOISE**2
 
 
 def decoded(data: np.ndarray, shapes: list[tuple[int, int]], signs: list[np.ndarray]) -> list[np.ndarray]:
@@ -126,21 +213,63 @@ def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mass, mass.sum(-1)
 
 
-def dense_rows(model: Dense, sample: Sample, asked: list[float], affine_bits: list[int], length: int) -> list[dict]:
-    """The dense model: original, MLX affine, ours."""
-    reference = forward(model, sample.held_out)
-    scores = compare(model, reference, reference, sample.held_out)
-    rows = [report({"method": "original", "asked": 32, "bits": 32.0, **scores})]
+class Scorer:
+    """Scores of feed-forward weights on the held-out text, and the KL divergence on the other."""
+
+    def __init__(self, model: Dense, sample: Sample):
+        self.model, self.sample = model, sample
+        self.held_out, self.other = forward(model, sample.held_out), forward(model, sample.other)
+
+    def __call__(self, weights: list[list[np.ndarray]] | None) -> dict[str, float]:
+        model, sample = self.model, self.sample
+        scores = compare(model, self.held_out, forward(model, sample.held_out, weights), sample.held_out)
+        other = compare(model, self.other, forward(model, sample.other, weights), sample.other)
+        return {**scores, "kl_other": other["kl"]}
+
+
+def dense_rows(
+    model: Dense, samples: dict[int, Sample], asked: list[float], affine_bits: list[int], length: int
+) -> list[dict]:
+    """The dense model: original, MLX affine, ours with the samples of each seed."""
+    score = Scorer(model, next(iter(samples.values())))
+    rows = [report({"method": "original", "asked": 32, "bits": 32.0, **score(None)})]
     for bits in affine_bits:
         weights, spent = affine(model, bits)
-        scores = compare(model, reference, forward(model, sample.held_out, weights), sample.held_out)
-        rows.append(report({"method": "affine", "asked": bits, "bits": spent, **scores}))
-    for target in asked:
-        start = time.perf_counter()
-        weights, spent = compress(model, sample.calibration, target, length)
-        seconds = time.perf_counter() - start
-        scores = compare(model, reference, forward(model, sample.held_out, weights), sample.held_out)
-        rows.append(report({"method": "trellis", "asked": target, "bits": spent, **scores, "seconds": seconds}))
+        rows.append(report({"method": "affine", "asked": bits, "bits": spent, **score(weights)}))
+    for seed, sample in samples.items():
+        sensitivity = sensitivities(model, sample.calibration[:, :SENSED], seed)
+        for target in asked:
+            start = time.perf_counter()
+            weights, spent = compress(model, sample.calibration, target, length, seed, True, sensitivity)
+            seconds = time.perf_counter() - start
+            row = {"method": "trellis", "asked": target, "bits": spent, "seed": seed, **score(weights)}
+            rows.append(report({**row, "seconds": seconds}))
+    return rows
+
+
+def medians(rows: list[dict]) -> list[dict]:
+    """Of our rows over the seeds, with the lowest and highest KL divergence."""
+    out = []
+    for target in dict.fromkeys(row["asked"] for row in rows if "seed" in row):
+        same = [row for row in rows if "seed" in row and row["asked"] == target]
+        middle = {name: float(np.median([row[name] for row in same])) for name in ("ppl", "kl", "top1", "kl_other")}
+        kl = [row["kl"] for row in same]
+        out.append({"asked": target, "seeds": len(same), **middle, "kl_least": min(kl), "kl_most": max(kl)})
+    return out
+
+
+def ablation(model: Dense, sample: Sample, only: list[str] | None = None) -> list[dict]:
+    """At 2 bits: everything, and everything but one ingredient."""
+    score, sensitivity = Scorer(model, sample), sensitivities(model, sample.calibration[:, :SENSED])
+    rows = []
+    for name, (length, drift, by_layer, without) in ABLATIONS.items():
+        if only and name not in only:
+            continue
+        with without():
+            weights, spent = compress(
+                model, sample.calibration, ABLATION_BITS, length, SEED, drift, sensitivity if by_layer else None
+            )
+        rows.append(report({"method": name, "asked": ABLATION_BITS, "bits": spent, **score(weights)}))
     return rows
 
 
@@ -191,7 +320,10 @@ def affine_experts(source: str, bits: int) -> tuple[float, Callable]:
 def report(row: dict) -> dict:
     print(
         f"{row['method']:9s} asked {row['asked']:<5} bits {row['bits']:6.3f}  ppl {row['ppl']:9.2f}  "
-        f"KL {row['kl']:.4f}  top-1 {row['top1']:.4f}" + (f"  {row['seconds']:.0f} s" if "seconds" in row else ""),
+        f"KL {row['kl']:.4f}  top-1 {row['top1']:.4f}"
+        + (f"  KL other {row['kl_other']:.4f}" if "kl_other" in row else "")
+        + (f"  seed {row['seed']}" if "seed" in row else "")
+        + (f"  {row['seconds']:.0f} s" if "seconds" in row else ""),
         flush=True,
     )
     return row
@@ -203,6 +335,8 @@ def main() -> None:
     parser.add_argument("--affine", type=int, nargs="*", default=None, help="MLX affine bits (default: 2 3 4)")
     parser.add_argument("--models", nargs="*", default=["dense", "moe"], choices=["dense", "moe"], help="which models")
     parser.add_argument("--length", type=int, default=12, choices=trellis.LENGTHS, help="L of the trellis")
+    parser.add_argument("--seed", type=int, nargs="*", default=[SEED], help="seeds of the dense rows (default: 0)")
+    parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, default=None, help="the ablation, or rows of it")
     parser.add_argument("--quick", action="store_true", help="2.0 bits and affine 2 only, fewer tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
@@ -218,11 +352,17 @@ def main() -> None:
 def run(args: argparse.Namespace, bits: list[float], affine_bits: list[int]) -> dict:
     """Both models' rows, as asked on the command line."""
     model = load()
-    sample = passages(model, *((4, 1) if args.quick else (24, 8)))
+    samples = {seed: passages(model, *((15, 1) if args.quick else (CALIBRATION, 8)), seed) for seed in args.seed}
+    sample = samples[args.seed[0]]
     result: dict = {}
+    if args.ablate is not None:
+        print(f"SmolLM2-135M, ablation, {sample.held_out.size} tokens")
+        result["ablation"] = ablation(model, sample, args.ablate)
+        return result
     if "dense" in args.models:
         print(f"SmolLM2-135M, {sample.held_out.size} tokens")
-        result["rows"] = dense_rows(model, sample, bits, affine_bits, args.length)
+        result["rows"] = dense_rows(model, samples, bits, affine_bits, args.length)
+        result["medians"] = medians(result["rows"])
     if "moe" in args.models:
         windows = sample.held_out[:: 1 if args.quick else 2].tolist()
         print(f"demo MoE, {len(windows) * CONTEXT} tokens")

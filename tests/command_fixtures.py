@@ -70,7 +70,7 @@ def converted(tmp_path_factory, checkpoint, text) -> Path:
     out = tmp_path_factory.mktemp("converted") / "model"
     done = process("convert", "--hf-path", checkpoint, "--mlx-path", out, "--calibration", text, *SMALL)
     assert done.status == 0 and done.err == "", done
-    assert tuple(names(out)) == FILES
+    assert tuple(n for n in names(out) if not n.endswith((".png", ".md"))) == FILES
     return out
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from tiny_qmoe_mlx import terminal
 
 ROOT = Path(__file__).parents[1]
-FILES = (
+FILES = (  # and the model card, which may be edited, with its pictures
     "config.json",
     "model-experts-00001.safetensors",
     "model-experts-00002.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
+    "model-rest-00000.safetensors",
+    "model-rest-00001.safetensors",
+    "model-rest-00002.safetensors",
+    "model-rest.safetensors",
+    "quality.json",
     "tiny_qmoe_manifest.json",
     "tokenizer.json",
     "tokenizer_config.json",

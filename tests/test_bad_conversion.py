@@ -89,7 +89,7 @@ SOURCES = {
     ),
     "NaN in attention": (
         spoil("model.layers.1.self_attn.q_proj.weight", (3, 2), np.nan),
-        r"model.layers.1.self_attn.q_proj.weight should be finite",
+        r"\[checkpoint\] model.layers.1.self_attn.q_proj.weight should be finite",
     ),
     "Inf in the last norm": (spoil("model.norm.weight", (0,), np.inf), "model.norm.weight should be finite"),
     "missing expert tensor": (
@@ -222,7 +222,7 @@ def small_disk(path: Path, size: int):
         subprocess.run(["umount", path], check=True)
 
 
-# of the 230 KB, experts take 72 and the other weights 130; in steps of 4 KB the disk fills up in every file once
+# in steps of 4 KB the disk fills up in every file once
 SIZES = [4096, 69632, 81920, 131072, 204800]
 SIZES += [pytest.param(n, marks=pytest.mark.slow) for n in range(73728, 229376, 4096) if n not in SIZES]
 
@@ -249,7 +249,9 @@ def test_a_full_disk(checkpoint, text, tmp_path, here, size):
         assert re.search(f"{disk}.*(the disk is full|bytes on its disk, .* are free|could not be written)", sentence), (
             sentence
         )
-        assert names(disk) == []
+        assert names(disk) in ([], ["out.partial"])
+        if names(disk):  # what was finished is whole, nothing else is there
+            assert not [n for n in names(disk / "out.partial") if "partial" in n]
 
 
 @linux
@@ -267,9 +269,9 @@ def test_files_that_may_not_grow(checkpoint, tmp_path):
     words = ("convert", "--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", "none")
     command = shlex.join([sys.executable, "-m", f"tiny_qmoe_mlx.{words[0]}", *map(str, words[1:])])
     env = environment(PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(f"ulimit -f 200; exec {command}", shell=True, env=env, capture_output=True, text=True)
-    refusal(Result(done.returncode, done.stdout, done.stderr))  # 200 blocks of 512 bytes
-    assert names(tmp_path) == []
+    done = subprocess.run(f"ulimit -f 60; exec {command}", shell=True, env=env, capture_output=True, text=True)
+    refusal(Result(done.returncode, done.stdout, done.stderr))  # 60 blocks of 512 bytes
+    assert names(tmp_path) in ([], ["out.partial"])
 
 
 # ---- signals
@@ -305,7 +307,7 @@ def wait_for_libraries(child: subprocess.Popen) -> None:
 
 @linux
 @pytest.mark.parametrize(("moment", "sent"), STOPS)
-def test_a_conversion_that_is_stopped_leaves_nothing(checkpoint, text, tmp_path, interruptible, moment, sent):
+def test_a_conversion_that_is_stopped(checkpoint, text, tmp_path, interruptible, moment, sent):
     """A third of the moments from the time that libraries load, the others at work, which a long trellis makes slow."""
     line = ("--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", text, "--calibration-tokens", 64)
     child = start("convert", *line, "--trellis-length", 16)
@@ -315,7 +317,9 @@ def test_a_conversion_that_is_stopped_leaves_nothing(checkpoint, text, tmp_path,
     time.sleep(random.Random(moment).uniform(0, 0.5))
     child.send_signal(sent)
     quiet_end(finish(child), sent)
-    assert names(tmp_path) == []
+    assert names(tmp_path) in ([], ["out.partial"])  # the latter goes on (test_resume.py)
+    if names(tmp_path):
+        assert not [n for n in names(tmp_path / "out.partial") if "partial" in n]
 
 
 @linux

@@ -413,7 +413,7 @@ def test_closed_streams(converted):
 
 
 def test_the_same_conversion_gives_the_same_bytes(converted, checkpoint, text, tmp_path):
-    out = tmp_path / "again"
+    out = tmp_path / converted.name  # which the card names
     done = process("convert", "--hf-path", checkpoint, "--mlx-path", out, "--calibration", text, *SMALL)
     assert done.status == 0
     ours, theirs = ({p.name: p.read_bytes() for p in d.iterdir()} for d in (out, converted))

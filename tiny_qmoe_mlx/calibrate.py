@@ -1,13 +1,14 @@
-"""Calibration text -> tokens, and tokens at one layer -> the second moments of every expert's inputs."""
+"""Tokens at one expert layer -> what the quantizer needs of every expert: the second moments of its inputs, and weights
+that make up for what earlier layers lost.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind
+from tiny_qmoe_mlx.layerwise import Routed
 from tiny_qmoe_mlx.quantize import ExpertInputs, blend, token_weights
 
 STARVED = 4  # an expert with fewer tokens than this many times its width also sees tokens that were not routed to it
@@ -16,80 +17,81 @@ PRIOR_TOKENS = 512
 
 @dataclass
 class LayerTokens:
-    """What reaches one expert layer: x float32 (tokens, d), chosen int (tokens, k)."""
+    """What reaches one expert layer: x float32 (tokens, d), chosen int (tokens, k), router weights float32 (tokens, k),
+    and what the layer's output lacks so far, missing float32 (tokens, d), or None for no correction.
+    """
 
     x: np.ndarray
     chosen: np.ndarray
+    weight: np.ndarray
+    missing: np.ndarray | None
 
+    @staticmethod
+    def of(routed: Routed, wanted: np.ndarray | None) -> "LayerTokens":
+        """The compressed stream's tokens; `wanted` float32 (tokens, d), the layer's output without experts that the
+        reference has.
+        """
+        missing = wanted - routed.base if wanted is not None and routed.linear else None
+        return LayerTokens(routed.x, routed.chosen, routed.weight, missing)
 
-def read_text(path: Path, where: str = "calibration") -> str:
-    """The text of a calibration file, or of another one that `where` names in errors.
-
-    Raises:
-        FormatError: missing, empty, or not UTF-8 text.
-    """
-    if not path.is_file():
-        raise FormatError(f"[{where}] {path} should be a text file; there is no such file.")
-    raw = path.read_bytes()
-    if not raw.strip():
-        raise FormatError(f"[{where}] {path} should hold text, it is empty.")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"[{where}] {path} should be UTF-8 text, byte {error.start} is not; is it a binary file?"
-        ) from error
-    if "\0" in text:
-        raise FormatError(f"[{where}] {path} should be text, byte {text.index(chr(0))} is NUL; is it a binary file?")
-    return text
-
-
-def token_batch(ids: list[int], sequences: int, length: int, where: str) -> np.ndarray:
-    """Equal stretches of a text, spread evenly over it: int32 (at most `sequences`, length).
-
-    Raises:
-        FormatError: the text is shorter than one sequence.
-    """
-    count = min(sequences, len(ids) // length)
-    if count < 1:
-        raise FormatError(
-            f"[calibration] {where} should have at least {length} tokens, it has {len(ids)}; give a longer text."
-        )
-    starts = np.linspace(0, len(ids) - length, count).astype(int)
-    return np.stack([np.asarray(ids[s : s + length], np.int32) for s in starts])
+    def of_expert(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of an expert's tokens, and the router weights that it has there."""
+        token, place = np.nonzero(self.chosen == expert)
+        return token, self.weight[token, place]
 
 
 def expert_inputs(
-    weights: list[np.ndarray], biases: list[np.ndarray] | None, tokens: LayerTokens | None, kind: ExpertKind
+    weights: list[np.ndarray],
+    biases: list[np.ndarray] | None,
+    first: int,
+    tokens: LayerTokens | None,
+    moment: np.ndarray | None,
+    kind: ExpertKind,
 ) -> Iterator[ExpertInputs]:
-    """One layer's experts as the quantizer takes them.
+    """Some of a layer's experts as the quantizer takes them.
 
-    The Hessian of an expert's inputs is the mean of x x^T over its tokens, with the layer's blended in where they are
-    few (`quantize.blend`); that of down's inputs likewise, over the activations that the expert's own weights give.
+    The Hessian of an expert's inputs is the mean of x x^T over its tokens, each weighted by its squared router weight
+    (an error counts as much as it reaches the layer's output), with the layer's Hessian blended in where the expert has
+    few tokens (`quantize.blend`); that of down's inputs likewise, over the activations that the expert's own weights
+    give.
 
     Args:
         weights: float32 (experts, rows, columns) per matrix.
         biases: float32 (experts, rows) per matrix, or None.
+        first: number of the first of these experts.
         tokens: None for no calibration: identity Hessians.
+        moment: float32 (d, d), sum of x x^T over all tokens of the layer, or None for no calibration.
     """
-    layer_sum = tokens.x.T @ tokens.x if tokens else None
     for e in range(len(weights[0])):
         mine = [w[e] for w in weights]
         bias = [b[e] for b in biases] if biases else None
         if tokens is None:
             yield ExpertInputs(mine, _identity(mine[0].shape[1]), _identity(mine[-1].shape[1]), bias)
-            continue
-        x = tokens.x[(tokens.chosen == e).any(1)]
-        hidden = _hidden(mine, bias, x, kind) if len(x) else np.zeros((0, mine[-1].shape[1]), np.float32)
-        h_in = blend(_weighted_moment(x, hidden, mine[-1]), len(x), layer_sum, len(tokens.x))
-        yield ExpertInputs(mine, h_in, _hidden_moment(mine, bias, hidden, tokens, kind), bias)
+        else:
+            yield _calibrated(mine, bias, first + e, tokens, moment, kind)
 
 
-def _weighted_moment(x: np.ndarray, hidden: np.ndarray, down: np.ndarray) -> np.ndarray:
+def _calibrated(
+    weights: list[np.ndarray],
+    bias: list[np.ndarray] | None,
+    expert: int,
+    tokens: LayerTokens,
+    moment: np.ndarray | None,
+    kind: ExpertKind,
+) -> ExpertInputs:
+    token, router = tokens.of_expert(expert)
+    x = tokens.x[token]
+    share = np.square(router) / max(np.square(router).mean(), 1e-30) if len(x) else router
+    hidden = hidden_values(weights, bias, x, kind) if len(x) else np.zeros((0, weights[-1].shape[1]), np.float32)
+    h_in = blend(_weighted_moment(x, hidden, share, weights[-1]), len(x), moment, len(tokens.x))
+    return ExpertInputs(weights, h_in, _hidden_moment(weights, bias, hidden, share, tokens, kind), bias)
+
+
+def _weighted_moment(x: np.ndarray, hidden: np.ndarray, share: np.ndarray, down: np.ndarray) -> np.ndarray:
     """Sum of x x^T, tokens weighted by what their hidden values do to the output (mean weight 1)."""
     if not len(x):
         return x.T @ x
-    weight = token_weights(hidden, down)
+    weight = share * token_weights(hidden, down)
     return x.T @ (x * (weight / weight.mean())[:, None].astype(np.float32))
 
 
@@ -97,7 +99,9 @@ def _identity(size: int) -> np.ndarray:
     return np.eye(size, dtype=np.float32)
 
 
-def _hidden(weights: list[np.ndarray], bias: list[np.ndarray] | None, x: np.ndarray, kind: ExpertKind) -> np.ndarray:
+def hidden_values(
+    weights: list[np.ndarray], bias: list[np.ndarray] | None, x: np.ndarray, kind: ExpertKind
+) -> np.ndarray:
     """The input of the last matrix for inputs x, float32 (tokens, width)."""
     parts = [x @ w.T for w in weights[:-1]]
     if bias:
@@ -106,11 +110,17 @@ def _hidden(weights: list[np.ndarray], bias: list[np.ndarray] | None, x: np.ndar
 
 
 def _hidden_moment(
-    weights: list[np.ndarray], bias: list[np.ndarray] | None, hidden: np.ndarray, tokens: LayerTokens, kind: ExpertKind
+    weights: list[np.ndarray],
+    bias: list[np.ndarray] | None,
+    hidden: np.ndarray,
+    share: np.ndarray,
+    tokens: LayerTokens,
+    kind: ExpertKind,
 ) -> np.ndarray:
+    own = hidden.T @ (hidden * share[:, None])
     if len(hidden) >= STARVED * hidden.shape[1]:
-        return blend(hidden.T @ hidden, len(hidden))
+        return blend(own, len(hidden))
     # what the expert would compute for tokens that went elsewhere is the best guess at what it has not seen
     others = tokens.x[:: max(1, len(tokens.x) // PRIOR_TOKENS)]
-    prior = _hidden(weights, bias, others, kind)
-    return blend(hidden.T @ hidden, len(hidden), prior.T @ prior, len(others))
+    prior = hidden_values(weights, bias, others, kind)
+    return blend(own, len(hidden), prior.T @ prior, len(others))

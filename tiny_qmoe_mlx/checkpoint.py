@@ -1,17 +1,18 @@
 """The original model: from a directory or the Hugging Face hub to a lazy mlx-lm model, and which of its modules are
 experts.
 
-mlx-lm builds the model and renames, splits and stacks the tensors of every family; its arrays are lazy, so a layer's
-weights are read from disk when they are first evaluated, and freed with the last reference.
+mlx-lm builds the model and renames, splits and stacks the tensors of every family. Its arrays are lazy: nothing is read
+here but the experts that are asked for, a few at a time (source.py).
 """
 
+import copy
 import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,11 +20,10 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tiny_qmoe_mlx import shipped
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.source import Source
 
-ROUTED = re.compile(
-    r"\.(experts|switch_mlp|switch_glu)\."
-)  # names of routed experts' tensors, in checkpoints and in mlx-lm
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.jsonl"]
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
@@ -31,11 +31,14 @@ MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("f
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One layer of routed experts: its module's path, the index of its decoder layer, and the module."""
+    """One layer of routed experts: its module's path, the index of its decoder layer, the module, and the files that
+    its experts are read from (None: the module's own arrays).
+    """
 
     path: str
     layer: int
     module: nn.Module
+    source: Source | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,18 +121,54 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
     config = read_config(directory)
     if "tiny_qmoe" in config:
         raise FormatError(f"[model] {directory} is converted already; give the original checkpoint.")
+    known: dict[str, Any] = {}
+
+    def classes(config: dict) -> tuple[type, type]:
+        known.update(copy.deepcopy(config))  # as it was before mlx-lm turns quantization_config into its own
+        return _classes(config)
+
+    def build() -> nn.Module:
+        kind, arguments = _classes(known)
+        return kind(arguments.from_dict(known))  # type: ignore[attr-defined]
+
     try:
-        model, config = load_model(directory, lazy=True)
+        model, config = load_model(directory, lazy=True, get_model_classes=classes)
     except FileNotFoundError as error:
         raise FormatError(f"[model] {directory} should hold model*.safetensors and does not.") from error
     except MemoryError:
         raise
     except Exception as error:  # a config that contradicts itself or the tensors trips mlx-lm in many ways
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FormatError(
-            f"[model] mlx-lm cannot load {directory} (model_type {config['model_type']}): {reason}"
-        ) from error
+        raise FormatError(f"[model] mlx-lm cannot load {directory} {_why(config, error)}") from error
+    model.source = Source(directory, build)
     return model, config
+
+
+def _why(config: dict, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "quantization_config" not in config and "quantization" not in config:
+        return f"(model_type {config['model_type']}): {reason}"
+    return (
+        f"(model_type {config['model_type']}; {shipped.describe_source(config)}): {reason}; "
+        "give a bfloat16 checkpoint of the model, or one converted with mlx_lm.convert -q."
+    )
+
+
+def _classes(config: dict) -> tuple[type, type]:
+    """mlx-lm's classes for a config; 8-bit floats with block scales are made plain for every family."""
+    from mlx_lm.utils import _get_classes
+
+    base, arguments = _get_classes(config)
+    quantization: Any = config.get("quantization_config")
+    if not shipped.block_scaled(quantization):
+        return base, arguments
+    rows, columns = quantization.get("weight_block_size") or shipped.BLOCK
+
+    class Model(base):  # type: ignore[valid-type, misc]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            weights = shipped.dequantize_fp8(weights, (int(rows), int(columns)))
+            return super().sanitize(weights) if hasattr(base, "sanitize") else weights
+
+    return Model, arguments
 
 
 def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
@@ -157,22 +196,14 @@ def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
     return tokenizer
 
 
-def check_finite(directory: Path) -> None:
-    """Look for NaN and Inf in the tensors that are no routed experts' (those are checked when they are quantized).
+def require_finite(name: str, array: mx.array) -> None:
+    """Refuse NaN and Inf in a tensor of the checkpoint that is no expert's; MLX's quantization would hide a NaN.
 
     Raises:
-        ValueError: with the tensor's name; MLX's quantization would hide a NaN.
+        ValueError: with the tensor's name.
     """
-    for file in sorted(directory.glob("model*.safetensors")):
-        tensors = cast(dict[str, mx.array], mx.load(str(file)))
-        for name in list(tensors):
-            array = tensors.pop(name)  # popped, so that it is freed once it has been looked at
-            if ROUTED.search(name) or not mx.issubdtype(array.dtype, mx.floating):
-                continue
-            if not mx.isfinite(array).all().item():
-                raise ValueError(
-                    f"[{file.name}] {name} should be finite, received NaN or Inf; download the checkpoint again."
-                )
+    if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+        raise ValueError(f"[checkpoint] {name} should be finite, received NaN or Inf; download the checkpoint again.")
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -188,10 +219,11 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
         FormatError: the model has none.
     """
     found: list[ExpertLayer] = []
+    source = getattr(model, "source", None)
     for path, module in named_modules(model):
         if isinstance(module, tuple(MATRIX_NAMES)):
             index = re.search(r"\.(\d+)\.", path)
-            found.append(ExpertLayer(path, int(index.group(1)) if index else len(found), module))
+            found.append(ExpertLayer(path, int(index.group(1)) if index else len(found), module, source))
     if not found:
         raise FormatError(
             "[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found; "
@@ -215,43 +247,75 @@ def has_bias(layer: ExpertLayer) -> bool:
     return "bias" in layer.module[layer.names[0]]
 
 
-def dense_weights(layer: ExpertLayer) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """A layer's weights and biases, read now: per matrix float32 (experts, rows, columns), and (experts, rows) or None.
+def expert_weights(layer: ExpertLayer, experts: range) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    """Weights and biases of a few experts, read now and held by nobody else.
 
-    Quantized checkpoints are dequantized.
+    No other expert's bytes are read where the checkpoint has a tensor per expert, or one for a whole layer with the
+    experts along its first dimension (source.py). Quantized checkpoints are dequantized.
+
+    Args:
+        layer: of which.
+        experts: neighbours, in the layer's order.
+
+    Returns:
+        Per matrix float32 (len(experts), rows, columns), and per matrix (len(experts), rows) or None.
 
     Raises:
-        ValueError: NaN or Inf, with layer and expert.
+        ValueError: NaN or Inf, with layer and expert; or experts that the layer does not have.
     """
-    weights = [_dense(layer.module[n]) for n in layer.names]
-    biases = [_float32(layer.module[n]["bias"]) for n in layer.names] if has_bias(layer) else None
+    arrays = expert_arrays(layer, experts)
+    weights = [_dense(layer.module[n], _pop(arrays, n)) for n in layer.names]
+    biases = [_float32(arrays.pop(f"{n}.bias")) for n in layer.names] if has_bias(layer) else None
     for name, values in zip(2 * layer.names, weights + (biases or [])):  # noqa: B905 (biases may be absent)
-        for expert, part in enumerate(values):
-            if not np.isfinite(part).all():
-                raise ValueError(
-                    f"[{layer.path}] {name} of expert {expert} should be finite, received NaN or Inf; "
-                    "download the checkpoint again."
-                )
+        require_finite_experts(layer, name, values, experts)
     return weights, biases
 
 
+def expert_arrays(layer: ExpertLayer, experts: range) -> dict[str, mx.array]:
+    """Lazy arrays (len(experts), ...) by name below the layer's path ("up_proj.weight"), as the checkpoint has them.
+
+    Pop what is used, so that it is freed.
+
+    Raises:
+        ValueError: experts that the layer does not have.
+    """
+    count = expert_count(layer)
+    if experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
+        raise ValueError(f"[{layer.path}] experts should be neighbours among 0 to {count - 1}, received {experts}.")
+    if layer.source:
+        return layer.source.arrays(layer.path, layer.layer, experts, count)
+    own = ((f"{n}.{key}", layer.module[n][key]) for n in layer.names for key in layer.module[n])
+    return {name: a[experts.start : experts.stop] for name, a in own if isinstance(a, mx.array)}
+
+
+def _pop(arrays: dict[str, mx.array], name: str) -> dict[str, mx.array]:
+    """A matrix's arrays, taken out so that they can be freed once they were used."""
+    keys = ("weight", "scales", "biases", "global_scale")
+    return {key: arrays.pop(f"{name}.{key}") for key in keys if f"{name}.{key}" in arrays}
+
+
+def require_finite_experts(layer: ExpertLayer, name: str, values: mx.array | np.ndarray, experts: range) -> None:
+    """Refuse NaN and Inf in a matrix or bias of experts, (len(experts), ...).
+
+    Raises:
+        ValueError: with layer and expert.
+    """
+    for expert, part in zip(experts, values, strict=True):
+        fine = np.isfinite(part) if isinstance(part, np.ndarray) else mx.isfinite(part)
+        if not fine.all().item():
+            raise ValueError(
+                f"[{layer.path}] {name} of expert {expert} should be finite, received NaN or Inf; "
+                "download the checkpoint again."
+            )
+
+
 def _float32(array: mx.array) -> np.ndarray:
-    # copied, so that MLX's own array can be freed
-    return np.array(array.astype(mx.float32))
+    values = np.array(array.astype(mx.float32))  # copied, so that MLX's own array is freed
+    del array
+    mx.clear_cache()
+    return values
 
 
-def _dense(linear: nn.Module) -> np.ndarray:
-    if "scales" not in linear:
-        return _float32(linear["weight"])
-    scale = {} if linear.get("global_scale") is None else {"global_scale": linear["global_scale"]}
-    return _float32(
-        mx.dequantize(
-            linear["weight"],
-            linear["scales"],
-            linear.get("biases"),
-            linear.group_size,
-            linear.bits,
-            linear.mode,
-            **scale,
-        )
-    )
+def _dense(linear: nn.Module, arrays: dict[str, mx.array]) -> np.ndarray:
+    """float32 weights of a SwitchLinear, or of a QuantizedSwitchLinear with the precision of float32."""
+    return _float32(shipped.dequantized(linear, arrays, mx.float32) if "scales" in arrays else arrays["weight"])

@@ -33,6 +33,8 @@ from tiny_qmoe_mlx.spec import (
 )
 from tiny_qmoe_mlx.staging import (
     MANIFEST,
+    PLAN,
+    STATE,
     atomic_file,
     check_space,
     check_target,
@@ -66,6 +68,7 @@ MAX_HEADER, MAX_JSON = 1 << 20, 1 << 26
 SELF = "self_xxh3_128"
 _HEX = re.compile("[0-9a-f]{32}")
 _EXPERTS_FILE = re.compile(r"model-experts-.*\.safetensors")
+LOOSE = (".md", ".png")  # a model card may be edited, and its pictures left behind
 _PIECE = 1 << 20
 
 
@@ -124,7 +127,7 @@ def write_manifest(directory: str | Path) -> None:
     spec = read_config(directory)[1]
     files: dict[str, dict[str, Any]] = {}
     layers = {layer.file: layer for layer in spec.layers}
-    for path in sorted(p for p in directory.iterdir() if p.name != MANIFEST):
+    for path in sorted(p for p in directory.iterdir() if p.name not in (MANIFEST, PLAN, STATE)):
         if not path.is_file():
             raise FormatError(f"[{path.name}] a converted model holds plain files only; move it out of {directory}.")
         if _EXPERTS_FILE.fullmatch(path.name) and path.name not in layers:
@@ -213,8 +216,8 @@ def open_model(path: str | Path, hash_files: bool = False) -> Container:
     layers = {layer.file: layer for layer in spec.layers}
     check_names(directory, files, layers)
     for name, entry in files.items():
-        if name.endswith(".md"):
-            continue  # a model card may be edited
+        if name.endswith(LOOSE):
+            continue
         check_size(directory, name, entry)
         if name in layers:
             check_experts_header(directory, layers[name], spec.alignment, entry)

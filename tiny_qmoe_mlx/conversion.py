@@ -1,88 +1,33 @@
 """A checkpoint's experts compressed, the rest quantized by MLX, one directory written.
 
-Conversion is one forward pass of the calibration tokens: each expert layer, when the tokens reach it, quantizes itself,
-writes its file, and passes on what its compressed experts compute, so later layers are calibrated on what they will
-receive.
+Calibration tokens flow decoder layer by decoder layer, in two streams: what the original computes, and what the layers
+compressed so far make of it. Each layer is finished (its experts' file, its other weights, both streams after it)
+before the next one is read, so that one layer is in memory at a time and a stopped conversion goes on where it was.
 """
 
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import xxhash
 from mlx.utils import tree_unflatten
-from mlx_lm.utils import save_model
 from threadpoolctl import threadpool_limits
 
-from tiny_qmoe_mlx import calibrate, checkpoint, native, ops
-from tiny_qmoe_mlx.codecs import rotation, trellis
-from tiny_qmoe_mlx.container import bits_per_weight, write_experts_file, write_manifest
+from tiny_qmoe_mlx import checkpoint, hub, layerwise, native, report, rest, unfinished
+from tiny_qmoe_mlx.calibration_text import calibration_tokens
+from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
-from tiny_qmoe_mlx.layers import use_cpu_kernels
-from tiny_qmoe_mlx.quantize import quantize_layer, record_bytes_for
-from tiny_qmoe_mlx.spec import CODEC, FORMAT_VERSION, LayerSpec, ModelSpec, expert_file_name
-from tiny_qmoe_mlx.staging import check_space, check_target, disk_full, staged_directory, write_json
-
-MIN_BITS, MAX_BITS = 0.5, 4.0
-REST_GROUP = 64
-BUILTIN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
-COPIED = (
-    "tokenizer*",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "LICENSE*",
-)
-Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to convert.
-
-    bits: per expert weight, everything counted; rest_bits: 4, 6, 8 or 16 for what is not an expert; length: L of the
-    trellis; calibration: path of a text, "builtin" or "none"; sequences x tokens of it are used; seed: of the
-    rotation's signs.
-    """
-
-    bits: float = 2.0
-    rest_bits: int = 8
-    length: int = 12
-    calibration: str = "builtin"
-    sequences: int = 64
-    sequence_tokens: int = 256
-    seed: int = 0
-
-
-class QuantizingExperts(nn.Module):
-    """Stands for an expert layer while the calibration tokens pass: quantizes, writes, and computes from the
-    records.
-    """
-
-    def __init__(self, source: checkpoint.ExpertLayer, spec: LayerSpec, finish: Callable):
-        super().__init__()
-        self._source, self._spec, self._finish = [source], spec, finish
-
-    def take_source(self) -> checkpoint.ExpertLayer:
-        """The original layer, forgotten here so that its weights can be freed."""
-        return self._source.pop()
-
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        mx.eval(x, indices)
-        tokens = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        chosen = np.array(indices).reshape(len(tokens), -1)
-        y = self._finish(self, calibrate.LayerTokens(tokens, chosen))
-        return mx.array(y).reshape(*indices.shape, -1).astype(x.dtype)
+from tiny_qmoe_mlx.hub_shards import SourceShards
+from tiny_qmoe_mlx.hub_upload import Uploader
+from tiny_qmoe_mlx.layer_conversion import BEFORE_LAYERS, Job, Progress, convert_layer
+from tiny_qmoe_mlx.planning import plan_layers
+from tiny_qmoe_mlx.settings import Settings
+from tiny_qmoe_mlx.shipped import dequantize_rest
+from tiny_qmoe_mlx.spec import ModelSpec
+from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
 
 def convert(
@@ -91,259 +36,202 @@ def convert(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
+    revision: str | None = None,
+    stream_shards: bool = False,
+    upload_repo: str | None = None,
 ) -> Path:
-    """Convert a checkpoint.
+    """Convert a checkpoint, or go on where an earlier run with the same settings stopped.
 
     Args:
         hf_path: its directory or hub id.
-        mlx_path: the directory to write; it appears when it is whole.
+        mlx_path: the directory to write; it appears when it is whole, until then `mlx_path`.partial grows.
         settings: how.
         overwrite: replace a converted model that stands there.
         progress: called with (what, done, total).
+        revision: branch, tag or commit of a hub id.
+        stream_shards: fetch a hub id's weights shard by shard, and keep a shard only while it is needed.
+        upload_repo: hub id that each file is sent to as soon as it is finished.
 
     Returns:
         The directory written.
 
     Raises:
-        FormatError: no such checkpoint, no experts in it, or a calibration text that does not serve.
+        FormatError: no such checkpoint, no experts in it, a calibration text that does not serve, or a conversion under
+            way that was begun with other settings or from another source.
         ValueError: settings out of range, weights that are not finite.
-        OSError: the disk is full, or the output directory exists and is not ours.
+        OSError: the disk is full, or the output directory exists and is not ours; the hub refuses the upload.
     """
-    _check_settings(settings)
+    settings.check()
+    require_compiler()
+    mlx_path = Path(mlx_path)
+    uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
+    if uploader and is_whole(mlx_path, str(hf_path)) and not overwrite:
+        uploader.check(mlx_path)
+        uploader.finish(mlx_path, progress)
+        return mlx_path
     check_target(mlx_path, overwrite)
-    source = checkpoint.find_directory(str(hf_path))
-    model, config = checkpoint.load_lazy(source)
-    layers = checkpoint.expert_layers(model)
-    spec = _plan_layers(layers, settings, str(hf_path))
-    batch = _calibration_tokens(source, config, settings)
-    checkpoint.check_finite(source)
-    spec.calibration["tokens"] = 0 if batch is None else int(batch.size)
-    check_space(mlx_path, sum(layer.data_bytes for layer in spec.layers))
+    if uploader:
+        uploader.check()
     # one thread of BLAS: the same bytes on every machine, and its threads spin where others need the cores
-    with staged_directory(mlx_path, overwrite) as directory, threadpool_limits(1, "blas"):
+    with unfinished.unfinished_directory(mlx_path, overwrite) as directory, threadpool_limits(1, "blas"):
         try:
-            _write_rest(model, config, layers, spec, settings, source, directory)
-            _write_experts(model, layers, spec, settings, batch, directory, progress)
+            located, shards = _open(str(hf_path), revision, mlx_path, stream_shards)
+            job, tokens, config = _job(located, settings, directory, progress, str(hf_path))
+            job.shards, job.uploader = shards, uploader
+            job.send(*sorted(directory.glob("model*.safetensors")))
+            check_space(mlx_path, sum(s.data_bytes for s in job.spec.layers if s.layer > job.finished))
+            _run(job, tokens)
+            rest.write_words(located.directory, config, job.spec, settings.rest_bits, directory)
+            report.write_report(directory, located.directory, {"layers": job.facts}, asdict(settings), mlx_path.name)
             write_manifest(directory)
+            if uploader:
+                uploader.wait()
+            if shards:
+                shutil.rmtree(located.directory, ignore_errors=True)
         except OSError as error:
-            raise disk_full(error, Path(mlx_path)) from error
-    return Path(mlx_path)
+            raise disk_full(error, mlx_path) from error
+    if uploader:
+        uploader.finish(mlx_path, progress)
+    return mlx_path
 
 
-def _check_settings(settings: Settings) -> None:
+def require_compiler() -> None:
+    """Refuse to convert without the C++ library.
+
+    Raises:
+        FormatError: what to install.
+    """
     if not native.available():
         raise FormatError(
             "[convert] conversion needs the C++ library, which was not built because no C++ compiler was found; "
             "install one (on Debian: apt install g++, on macOS: xcode-select --install) and install tiny-qmoe-mlx "
             "again."
         )
-    if not MIN_BITS <= settings.bits <= MAX_BITS:
-        raise ValueError(f"[convert] bits should lie in {MIN_BITS} to {MAX_BITS}, received {settings.bits}.")
-    if settings.rest_bits not in (4, 6, 8, 16):
-        raise ValueError(f"[convert] rest bits should be 4, 6, 8 or 16, received {settings.rest_bits}.")
-    if settings.length not in trellis.LENGTHS:
-        raise ValueError(
-            f"[convert] the trellis length should be one of {trellis.LENGTHS}, received {settings.length}."
-        )
-    if not 0 <= settings.seed < 2**32:
-        raise ValueError(f"[convert] the seed should lie in 0 to {2**32 - 1}, received {settings.seed}.")
-    if min(settings.sequences, settings.sequence_tokens) < 1:
-        raise ValueError("[convert] calibration should have at least one sequence of one token.")
 
 
-def _plan_layers(layers: list[checkpoint.ExpertLayer], settings: Settings, name: str) -> ModelSpec:
-    """Record sizes and the container's words, from shapes alone."""
-    sized = []
-    for found in layers:
-        shapes = [(rows, columns) for _, rows, columns in checkpoint.matrix_shapes(found)]
-        sized.append(
-            record_bytes_for(settings.bits, shapes, checkpoint.expert_count(found), checkpoint.has_bias(found))
-        )
-    alignment = min(a for _, a in sized)
-    specs = [
-        LayerSpec(
-            path=found.path,
-            layer=found.layer,
-            file=expert_file_name(found.layer),
-            experts=checkpoint.expert_count(found),
-            record_bytes=size // alignment * alignment,
-            matrices=tuple(checkpoint.matrix_shapes(found)),
-            bias=checkpoint.has_bias(found),
-        )
-        for found, (size, _) in zip(layers, sized, strict=True)
-    ]
-    text = BUILTIN_TEXT.name if settings.calibration == "builtin" else Path(settings.calibration).name
-    return ModelSpec(
-        format_version=FORMAT_VERSION,
-        codec=CODEC,
-        bits=round(bits_per_weight(specs, alignment), 4),
-        alignment=alignment,
-        length=settings.length,
-        seed=settings.seed,
-        layers=tuple(specs),
-        source={"model": name, "revision": None},
-        calibration={"source": text, "tokens": 0},
-    )
-
-
-def _calibration_tokens(source: Path, config: dict, settings: Settings) -> np.ndarray | None:
-    if settings.calibration == "none":
-        return None
-    file = BUILTIN_TEXT if settings.calibration == "builtin" else Path(settings.calibration)
-    text = calibrate.read_text(file)
-    tokenizer = checkpoint.open_tokenizer(source, config)
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than the context, on purpose
-    return calibrate.token_batch(ids, settings.sequences, settings.sequence_tokens, str(file))
-
-
-def _write_rest(
-    model: nn.Module,
-    config: dict,
-    layers: list[checkpoint.ExpertLayer],
-    spec: ModelSpec,
-    settings: Settings,
-    source: Path,
-    directory: Path,
-) -> None:
-    """Everything but the experts: weights quantized and saved, config, tokenizer; leaves stand-ins for the experts."""
-    model.update_modules(tree_unflatten([(found.path, nn.Module()) for found in layers]))
-    if settings.rest_bits < 16:
-        routers = _routers(model, layers)
-        nn.quantize(
-            model,
-            REST_GROUP,
-            settings.rest_bits,
-            class_predicate=lambda path, module: _may_quantize(model, path, module, routers),
-        )
-    try:
-        save_model(directory, model)
-    except RuntimeError as error:  # MLX's word for a disk that is full
-        raise OSError(
-            f"[{directory.parent}] the weights could not be written, is the disk full? MLX says: {error}"
-        ) from error
-    config = {
-        key: value
-        for key, value in config.items()
-        if key not in ("quantization", "quantization_config", "vision_config")
-    }
-    if settings.rest_bits < 16:
-        config["quantization"] = {"group_size": REST_GROUP, "bits": settings.rest_bits, "mode": "affine"}
-    write_json(directory / "config.json", {**config, "tiny_qmoe": spec.to_dict()})
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
-
-
-def _routers(model: nn.Module, layers: list[checkpoint.ExpertLayer]) -> set[str]:
-    """Paths of the layers that score experts: within the same decoder layer, with one output per expert. They stay
-    in 16 bits.
-    """
-    experts = {re.sub(rf"(?<=\.{f.layer}\.).*", "", f.path): checkpoint.expert_count(f) for f in layers}
-    return {
-        path
-        for path, module in model.named_modules()
-        if "weight" in module and any(path.startswith(p) and module["weight"].shape[0] == n for p, n in experts.items())
-    }
-
-
-def _may_quantize(model: nn.Module, path: str, module: nn.Module, routers: set[str]) -> bool:
-    if not hasattr(module, "to_quantized") or path in routers or module.weight.shape[-1] % REST_GROUP:
+def is_whole(directory: Path, name: str) -> bool:
+    """Whether a directory is a converted model of this original already."""
+    if not (directory / MANIFEST).is_file():
         return False
-    own = getattr(model, "quant_predicate", None)
-    return bool(own(path, module)) if own else True
+    return open_model(directory).spec.source["model"] == name
 
 
-def _write_experts(
-    model: nn.Module,
-    layers: list[checkpoint.ExpertLayer],
-    spec: ModelSpec,
+def _open(hf_path: str, revision: str | None, output: Path, stream: bool) -> tuple[hub.Located, SourceShards | None]:
+    """Where the original lies, and its shards if they come one by one."""
+    if not stream:
+        return hub.locate(hf_path, revision), None
+    shards = SourceShards(hf_path, output.with_name(output.name + ".source"), revision)
+    return shards.located, shards
+
+
+def _job(
+    located: hub.Located,
     settings: Settings,
-    batch: np.ndarray | None,
     directory: Path,
     progress: Progress,
-) -> None:
-    total, done = sum(layer.experts for layer in spec.layers), 0
+    name: str,
+) -> tuple[Job, np.ndarray | None, dict]:
+    """The model with stand-ins for its experts, the tokens, and what an earlier run left.
 
-    def counted(records: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
-        nonlocal done
-        for record in records:
-            kept.append(record)
-            done += 1
-            progress("quantizing experts", done, total)
-            yield record
-
-    def finish(
-        found: checkpoint.ExpertLayer, layer: LayerSpec, tokens: calibrate.LayerTokens | None
-    ) -> list[np.ndarray]:
-        kind = expert_kind(layer, spec, found.module.activation)
-        records: list[np.ndarray] = []
-        made = quantize_records(found, layer, kind, tokens, settings)
-        write_experts_file(directory, layer, spec.alignment, counted(made, records))
-        return records
-
-    progress("quantizing experts", 0, total)
-    if batch is None:
-        for layer in spec.layers:
-            finish(layers.pop(0), layer, None)  # popped, so that its weights are freed
-        return
-    _run_tokens(model, layers, spec, finish, batch)
-
-
-def _run_tokens(
-    model: nn.Module, layers: list[checkpoint.ExpertLayer], spec: ModelSpec, finish: Callable, batch: np.ndarray
-) -> None:
-    """The forward pass of the calibration tokens, with each expert layer's work done as they reach it."""
-    passed = []
-
-    def reached(module: QuantizingExperts, tokens: calibrate.LayerTokens) -> np.ndarray:
-        found, layer = module.take_source(), module._spec
-        passed.append(found.path)
-        kind = expert_kind(layer, spec, found.module.activation)
-        return layer_output(finish(found, layer, tokens), tokens, kind)
-
-    stand_ins = [(f.path, QuantizingExperts(f, s, reached)) for f, s in zip(layers, spec.layers, strict=True)]
-    layers.clear()
-    model.update_modules(tree_unflatten(stand_ins))
-    if mx.default_device() == mx.cpu:
-        model.set_dtype(mx.float32)
-    use_cpu_kernels(model)
-    model(mx.array(batch))
-    missing = [layer.path for layer in spec.layers if layer.path not in passed]
-    if missing:
-        raise FormatError(
-            f"[convert] the tokens should pass every expert layer, they did not pass {missing[0]}; this model type "
-            f"is not supported yet."
-        )
-
-
-def quantize_records(
-    found: checkpoint.ExpertLayer,
-    layer: LayerSpec,
-    kind: ExpertKind,
-    tokens: calibrate.LayerTokens | None,
-    settings: Settings,
-) -> Iterable[np.ndarray]:
-    """One layer's records, u8 (record_bytes,) each, expert 0 first.
-
-    Raises:
-        ValueError: weights that are not finite, with layer and expert.
+    Returns:
+        (job, tokens int32 (sequences, length) or None, the original's config).
     """
-    weights, biases = checkpoint.dense_weights(found)
-    sign_in, sign_mid = (rotation.signs(settings.seed, layer.layer, side, kind.matrices[-side][2]) for side in (0, 1))
-    inputs = calibrate.expert_inputs(weights, biases, tokens, kind)
-    try:
-        for record in quantize_layer(inputs, sign_in, sign_mid, layer.record_bytes, settings.length):
-            yield trellis.pack(record, layer.record_bytes)
-    except ValueError as error:
-        raise ValueError(f"{found.path}: {error}") from error
+    model, config = checkpoint.load_lazy(located.directory)
+    layers = checkpoint.expert_layers(model)
+    dequantize_rest(model)
+    tokenizer = checkpoint.open_tokenizer(located.directory, config)
+    tokens = calibration_tokens(
+        settings.calibration,
+        tokenizer,
+        located.directory,
+        settings.sequences,
+        settings.sequence_tokens,
+        settings.seed,
+        progress,
+    )
+    spec = _plan(model, layers, settings, name, located, tokens, directory, progress)
+    kept = rest.routers(model, layers)
+    job = Job(model, settings, spec, directory, progress, {f.layer: f for f in layers}, kept)
+    job.experts = {f.layer: layerwise.Experts() for f in layers}
+    model.update_modules(tree_unflatten([(f.path, job.experts[f.layer]) for f in layers]))
+    state = unfinished.load_state(directory)
+    if state:
+        job.finished, job.facts, job.streams = state
+    return job, tokens, config
 
 
-def layer_output(records: list[np.ndarray], tokens: calibrate.LayerTokens, kind: ExpertKind) -> np.ndarray:
-    """What the compressed experts give for the tokens, float32 (tokens, k, d)."""
-    z = rotation.rotate(tokens.x, kind.sign_in)
-    out = np.empty((*tokens.chosen.shape, kind.matrices[-1][1]), np.float32)
-    for e, record in enumerate(records):
-        token, place = np.nonzero(tokens.chosen == e)
-        if len(token):
-            out[token, place] = ops.expert_product(record, z[token], kind, ops.Dispatch())
-    return out
+def _plan(
+    model: nn.Module,
+    layers: list[checkpoint.ExpertLayer],
+    settings: Settings,
+    name: str,
+    located: hub.Located,
+    tokens: np.ndarray | None,
+    directory: Path,
+    progress: Progress,
+) -> ModelSpec:
+    """The container's words, made once and the same in every run that goes on."""
+    text = {} if tokens is None else {"text": xxhash.xxh3_64_hexdigest(np.ascontiguousarray(tokens))}
+    asked = {"settings": asdict(settings), "source": hub.fingerprint(located), "calibration": text}
+
+    def make() -> dict:
+        return plan_layers(model, layers, settings, (name, located.revision), tokens, progress).to_dict()
+
+    return ModelSpec.from_dict(unfinished.agree(directory, asked, make))
+
+
+def _run(job: Job, tokens: np.ndarray | None) -> None:
+    """All layers that are not finished, after the embeddings and what else belongs to no layer."""
+    total = sum(s.experts for s in job.spec.layers)
+    job.progress("quantizing experts", job.experts_done, total)
+    layers = layerwise.decoder_layers(job.model)
+    if job.finished < BEFORE_LAYERS:
+        _write_top(job, layers, tokens)
+    if tokens is None:
+        for index, (path, layer) in enumerate(layers):
+            if index > job.finished:
+                convert_layer(job, index, path, layer, None)
+        return
+
+    def visit(index: int, layer: nn.Module, call: layerwise.Call, x: mx.array) -> mx.array:
+        if index > job.finished:
+            convert_layer(job, index, layers[index][0], layer, call)
+        return x
+
+    job.fetch(None)
+    layerwise.run_layers(job.model, tokens, visit)
+
+
+def _write_top(job: Job, layers: list[tuple[str, nn.Module]], tokens: np.ndarray | None) -> None:
+    """Everything outside of the decoder layers: quantized, written; the streams begin with its embeddings, original and
+    quantized.
+    """
+    job.fetch(None)
+    inside = tuple(f"{path}." for path, _ in layers)
+    for name, array in _outside(job.model, inside).items():
+        checkpoint.require_finite(name, array)
+    if tokens is not None:
+        job.streams["reference"] = _embedded(job.model, tokens)
+    within = {path for path, _ in checkpoint.named_modules(job.model) if path.startswith(inside)}
+    rest.quantize(job.model, "", job.model, job.settings.rest_bits, job.kept | within)
+    rest.write_shard(job.directory / rest.TOP, _outside(job.model, inside))
+    if tokens is not None:
+        job.streams["compressed"] = _embedded(job.model, tokens)
+    job.save(BEFORE_LAYERS, job.directory / rest.TOP)
+
+
+def _outside(model: nn.Module, layers: tuple[str, ...]) -> dict[str, mx.array]:
+    return {name: array for name, array in rest.weights(model).items() if not name.startswith(layers)}
+
+
+def _embedded(model: nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """What the first decoder layer receives, float32 (sequences, length, d)."""
+    got: list[np.ndarray] = []
+
+    def visit(index: int, layer: nn.Module, call: layerwise.Call, x: mx.array) -> mx.array:
+        if index == 0:
+            got.append(np.array(x.astype(mx.float32)))
+        return x
+
+    layerwise.run_layers(model, tokens, visit)
+    return got[0]

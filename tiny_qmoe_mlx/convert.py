@@ -19,15 +19,17 @@ def convert(hf_path: str | Path, mlx_path: str | Path, **options: Any) -> Path:
     Args:
         hf_path: directory or hub id of the original.
         mlx_path: directory to write.
-        options: fields of `conversion.Settings` (bits, rest_bits, calibration, ...), and overwrite and progress.
+        options: fields of `settings.Settings` (bits, rest_bits, calibration, ...), and what else `conversion.convert`
+            takes (overwrite, progress, revision, stream_shards, upload_repo).
 
     Returns:
         The directory written.
     """
     from tiny_qmoe_mlx import conversion
+    from tiny_qmoe_mlx.settings import Settings
 
-    own = {key: options.pop(key) for key in ("overwrite", "progress") if key in options}
-    return conversion.convert(hf_path, mlx_path, conversion.Settings(**options), **own)
+    own = {key: options.pop(key) for key in list(options) if key not in Settings.__dataclass_fields__}
+    return conversion.convert(hf_path, mlx_path, Settings(**options), **own)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,13 +51,18 @@ def parser() -> argparse.ArgumentParser:
         default=8,
         help="bits of attention, shared experts, embeddings: 4, 6, 8, 16 (default 8); routers keep 16",
     )
-    p.add_argument("--codec", choices=["trellis"], default="trellis", help="how experts are coded (default trellis)")
+    p.add_argument(
+        "--codec",
+        choices=["trellis", "affine"],
+        default="trellis",
+        help="how experts are coded (default trellis); affine keeps the codes of a quantized checkpoint bit for bit",
+    )
     p.add_argument(
         "--calibration",
         default="builtin",
-        metavar="FILE|builtin|none",
-        help="UTF-8 text that errors are weighed by (default builtin: general English that comes with the package; "
-        "none: all weights count alike)",
+        metavar="FILE|self|builtin|none",
+        help="what errors are weighed by: a UTF-8 text, or chats (.jsonl), self: what the original writes when it is "
+        "sampled, builtin: general English that comes with the package (default), none: all weights count alike",
     )
     p.add_argument(
         "--calibration-sequences", type=int, default=64, help="how many stretches of the text are used (default 64)"
@@ -68,6 +75,15 @@ def parser() -> argparse.ArgumentParser:
         help="12, 14, 16: up to 0.2 dB better, 4 or 16 times slower to convert (default 12)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the rotation's signs (default 0)")
+    p.add_argument("--no-drift", action="store_true", help="do not make up for what earlier layers lost")
+    p.add_argument("--equal-layers", action="store_true", help="give every layer the same bits")
+    p.add_argument("--revision", help="branch, tag or commit of a hub id")
+    p.add_argument(
+        "--stream-shards",
+        action="store_true",
+        help="fetch a hub id's weights shard by shard and keep a shard only while it is needed",
+    )
+    p.add_argument("--upload-repo", metavar="ORG/NAME", help="send each finished file to this repository of the hub")
     p.add_argument("--overwrite", action="store_true", help="replace a converted model that stands at --mlx-path")
     terminal.add_quiet(p)
     terminal.add_json(p)
@@ -87,7 +103,13 @@ def main(argv: list[str]) -> int:
             calibration=args.calibration,
             sequences=args.calibration_sequences,
             sequence_tokens=args.calibration_tokens,
+            codec=args.codec,
+            drift=not args.no_drift,
+            layer_rates=not args.equal_layers,
             seed=args.seed,
+            revision=args.revision,
+            stream_shards=args.stream_shards,
+            upload_repo=args.upload_repo,
             overwrite=args.overwrite,
             progress=bars,
         )

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tiny_qmoe_mlx import metal, native
-from tiny_qmoe_mlx.codecs import rotation, trellis
+from tiny_qmoe_mlx.codecs import affine, rotation, trellis
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
 
@@ -18,7 +18,8 @@ class ExpertKind:
     """What all experts of a layer have in common.
 
     matrices: (name, rows, columns) of gate, up, down, or fc1, fc2; length: L of the trellis; seed and layer: of the
-    rotation's signs; activation: the module's own; called (up, gate), or (hidden) where there are two matrices.
+    rotation's signs; activation: the module's own; called (up, gate), or (hidden) where there are two matrices;
+    packing: of each matrix where the codec is affine, which has neither trellis nor rotation; else none.
     """
 
     matrices: tuple[tuple[str, int, int], ...]
@@ -27,6 +28,7 @@ class ExpertKind:
     seed: int
     layer: int
     activation: nn.Module
+    packing: tuple[affine.Packing, ...] = ()
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -61,7 +63,7 @@ class ExpertKind:
 
 def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ExpertKind:
     """What a layer's experts have in common, from the container's words and the module's activation."""
-    return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation)
+    return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation, layer.packing)
 
 
 def fused_activation(activation: nn.Module, matrices: int) -> tuple[str, float, float] | None:
@@ -83,6 +85,9 @@ def check_record(data: np.ndarray, kind: ExpertKind, where: str) -> None:
     Raises:
         FormatError: naming `where` and what is wrong.
     """
+    if kind.packing:
+        affine.parse(data, kind.shapes, kind.packing, where)
+        return
     if native.available() and native.check_record(data, kind.shapes, kind.bias) and data[6] == kind.length:
         return
     trellis.parse(data, kind.shapes, kind.bias, where, kind.length)

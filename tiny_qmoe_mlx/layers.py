@@ -1,6 +1,6 @@
 """The layers that stand in a model for mlx-lm's own: experts computed from records, and dense layers fit for a CPU.
 
-`TrellisExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The
+`RecordExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The
 router, its weights and the sum over experts stay with the model's own block.
 """
 
@@ -12,7 +12,6 @@ import mlx.nn as nn
 import numpy as np
 
 from tiny_qmoe_mlx import native, ops
-from tiny_qmoe_mlx.codecs import rotation
 from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.metal import Records
@@ -39,7 +38,7 @@ class Memory:
             self.cache.release(layer, experts)
 
 
-class TrellisExperts(nn.Module):
+class RecordExperts(nn.Module):
     """A layer of routed experts that lives in an ExpertCache; it has no parameters of its own."""
 
     def __init__(self, index: int, kind: ExpertKind):
@@ -91,7 +90,7 @@ class TrellisExperts(nn.Module):
     def _by_expert(self, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Expert by expert in file order, each decoded once and multiplied with all its tokens."""
         cache, pool = self._memory.cache, self._memory.cache.pool_of_layer[self._index]
-        z = rotation.rotate(tokens, self._kind.sign_in)
+        z = ops.expert_inputs(tokens, self._kind)
         out = np.empty((*chosen.shape, self._kind.matrices[-1][1]), np.float32)
         for group in self._groups(chosen):
             experts = group.tolist()
@@ -105,7 +104,8 @@ class TrellisExperts(nn.Module):
 
     def _on_gpu(self, x: mx.array, indices: mx.array) -> mx.array:
         memory, pool = self._memory, self._memory.cache.pool_of_layer[self._index]
-        few = ops.gpu_from_records(x.size // x.shape[-1], indices.shape[-1], memory.cache.experts_of(self._index))
+        experts, tokens = memory.cache.experts_of(self._index), x.size // x.shape[-1]
+        few = ops.gpu_from_records(tokens, indices.shape[-1], experts, self._kind)
         with memory.lock:
             if few and pool.resident:
                 return ops.gpu_few(x, indices, self._records(), self._kind, memory.dispatch)
@@ -113,10 +113,10 @@ class TrellisExperts(nn.Module):
             memory.settle()
             distinct = np.unique(np.array(indices))
             if few and len(distinct) <= pool.slots:
-                experts = distinct.tolist()
-                memory.cache.acquire(self._index, experts)
+                chosen = distinct.tolist()
+                memory.cache.acquire(self._index, chosen)
                 y = ops.gpu_few(x, indices, self._records(), self._kind, memory.dispatch)
-                memory.hold(y, self._index, experts)
+                memory.hold(y, self._index, chosen)
                 return y
             return self._grouped_on_gpu(x, np.array(indices))
 
@@ -145,6 +145,9 @@ class TrellisExperts(nn.Module):
             parts.append(y)
         y = mx.concatenate(parts)[mx.array(np.argsort(order).astype(np.int32))]
         return y.reshape(*indices.shape, -1)
+
+
+TrellisExperts = RecordExperts
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):

@@ -18,7 +18,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import checkpoint, ops, probes
-from tiny_qmoe_mlx.container import Container, check_hash, open_model
+from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_kind import expert_kind
@@ -187,9 +187,7 @@ def open_tokenizer(directory: Path) -> TokenizerWrapper:
     """The tokenizer of a converted model; the model's files are checked before one of them is read."""
     container = open_model(directory)
     for name, entry in container.files.items():
-        if not name.endswith(
-            (".safetensors", ".md")
-        ):  # those of weights are left to `load`; a model card may be edited
+        if not name.endswith((".safetensors", *LOOSE)):  # those of weights are left to `load`
             check_hash(directory, name, entry)
     return checkpoint.open_tokenizer(directory, container.config)
 

@@ -1,5 +1,6 @@
 """What a layer of experts computes, straight from compressed records: a fused product for a few tokens (decode), and a
-product of many tokens with one decoded expert (prefill).
+product of many tokens with one decoded expert (prefill). Affine records, which MLX itself can multiply, go through
+affine_product.
 
 The rule of dispatch: the Metal kernels where MLX computes on a GPU (as CUDA on NVIDIA's); elsewhere the C++ library
 where it was built, and numpy where it was not; each call is counted by the path it took. On the CPU inputs and outputs
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from tiny_qmoe_mlx import cuda, metal, native
+from tiny_qmoe_mlx import affine_product, cuda, metal, native
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 
@@ -44,7 +45,14 @@ def from_records(tokens: int, kind: ExpertKind) -> bool:
     A few always are. Many are too where the whole expert is one call of the C++ library: 512 tokens through the demo
     took a fifth to an eighth of the time, since nothing is written out and the threads share whole experts.
     """
+    if kind.packing:
+        return False
     return tokens <= DECODE_TOKENS or (native.available() and kind.fused is not None)
+
+
+def expert_inputs(x: np.ndarray, kind: ExpertKind) -> np.ndarray:
+    """The inputs of `expert_product`: x float32 (tokens, d), rotated where the codec rotates."""
+    return x if kind.packing else rotation.rotate(x, kind.sign_in)
 
 
 def decode_product(
@@ -88,15 +96,19 @@ def _decode_numpy(pool: np.ndarray, picks: Picks, x: np.ndarray, kind: ExpertKin
 
 
 def expert_product(record: np.ndarray, z: np.ndarray, kind: ExpertKind, dispatch: Dispatch) -> np.ndarray:
-    """One expert for many tokens: its matrices are decoded a slice of rows at a time and multiplied by BLAS.
+    """One expert for its tokens: matrices are decoded a slice of rows at a time and multiplied by BLAS (affine records
+    with few tokens are multiplied as they are).
 
     Args:
         record: u8 (record_bytes,).
-        z: float32 (tokens, padded d), rotated inputs.
+        z: float32 (tokens, padded d), as `expert_inputs` gives them.
 
     Returns:
         float32 (tokens, d).
     """
+    if kind.packing:
+        dispatch.counts["affine"] += 1
+        return affine_product.expert(record, z, kind, DENSE_BYTES)
     dispatch.counts["prefill native" if native.available() else "prefill numpy"] += 1
     return _expert(record, z, kind)
 
@@ -146,13 +158,20 @@ def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray)
     return metal.Records(pool, mx.array(units.astype(np.uint32)), base)
 
 
-def gpu_from_records(tokens: int, k: int, experts: int) -> bool:
+def gpu_from_records(tokens: int, k: int, experts: int, kind: ExpertKind) -> bool:
     """Whether a GPU multiplies tokens straight from the records; else each expert is decoded first."""
+    if kind.packing:
+        return True
     return tokens <= DECODE_TOKENS or (tokens <= metal.MAX_TOKENS and metal.takes_records(tokens * k, experts))
 
 
 def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKind, dispatch: Dispatch) -> mx.array:
-    """Straight from records: x (..., d) of at most 64 tokens, indices (..., k) -> (..., k, d) in x's dtype, lazily."""
+    """Straight from records: x (..., d) of at most 64 tokens (affine: any number), indices (..., k) -> (..., k, d) in
+    x's dtype, lazily.
+    """
+    if kind.packing:
+        dispatch.counts[f"affine {_gpu()}"] += 1
+        return affine_product.gather(x, indices, records, kind)
     phase = "decode" if x.size // x.shape[-1] <= DECODE_TOKENS else "prefill"
     dispatch.counts[f"{phase} {_gpu()}"] += 1
     return metal.experts(x, indices, records, kind.for_metal)
@@ -170,13 +189,16 @@ def gpu_many(
     """Prefill: picks of a group of experts, each decoded once.
 
     Args:
-        z: (tokens, padded d), rotated inputs.
+        z: (tokens, padded d), as `gpu_rotate` gives them.
         experts: int (n,), ascending.
         of, rows: int (picks,), the expert and the token of each pick, sorted by expert.
 
     Returns:
         (picks, d) in z's dtype, lazily.
     """
+    if kind.packing:
+        chosen = mx.array(of.astype(np.int32))[:, None]
+        return gpu_few(z[mx.array(rows.astype(np.int32))], chosen, records, kind, dispatch)[:, 0]
     dispatch.counts[f"prefill {_gpu()}"] += 1
     place = mx.array(np.searchsorted(experts, of).astype(np.uint32))
     ids = mx.array(experts.astype(np.uint32))
@@ -184,11 +206,17 @@ def gpu_many(
 
 
 def gpu_group_size(kind: ExpertKind) -> int:
-    """How many experts are decoded at once in prefill: one matrix of each within GPU_DENSE_BYTES at 16 bits."""
+    """How many experts are computed at once in prefill: one decoded matrix of each within GPU_DENSE_BYTES at 16 bits;
+    affine ones are not decoded.
+    """
+    if kind.packing:
+        return 1 << 30
     largest = max(rows * columns for rows, columns in kind.shapes)
     return max(1, GPU_DENSE_BYTES // (2 * largest))
 
 
 def gpu_rotate(x: mx.array, kind: ExpertKind) -> mx.array:
-    """The inputs of `gpu_many`: x (tokens, d) rotated, in x's dtype."""
+    """The inputs of `gpu_many`: x (tokens, d) rotated where the codec rotates, in x's dtype."""
+    if kind.packing:
+        return x
     return metal.rotate(x, kind.for_metal.bits_in, x.dtype)

@@ -4,7 +4,7 @@ The steps, per expert: rotate weights and Hessians, order the column blocks, sha
 round with error feedback (feedback.py), refit the gains. Experts are independent: nothing here knows of other layers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -12,8 +12,8 @@ from itertools import islice
 import numpy as np
 
 from tiny_qmoe_mlx import metal, metal_encode, native
-from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns, rotate
-from tiny_qmoe_mlx.codecs.trellis import PLANES, ROW_TILE, TILE_COLUMNS, Matrix, Record, padded_rows
+from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns, rotate, unrotate
+from tiny_qmoe_mlx.codecs.trellis import PLANES, ROW_TILE, TILE_COLUMNS, Matrix, Record, block_bytes, padded_rows
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.feedback import (
     DAMPING,
@@ -34,6 +34,9 @@ PRIOR_STRENGTH = 0.25  # tokens that the layer's Hessian counts for, per column
 MASSIVE = 1000.0  # times the median token's: the largest weight of a token
 HIDDEN_WEIGHT = 2.0  # of gate and up beside down; measured by KL divergence, flat from 1.5 to 3
 
+# rounded gate and up, float32 (w, d) each in model space -> (weights of down (d, w), their Hessian (w, w))
+DownInputs = Callable[[list[np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass
 class ExpertInputs:
@@ -44,12 +47,16 @@ class ExpertInputs:
         with tokens weighted by `token_weights`. Experts that share one array share the work on it.
     h_mid: float (w, w), the same for the input of down (fc2), on the scale of the same tokens.
     biases: float (rows,) each in the order of weights, or None.
+    down_inputs: called when gate and up (fc1) are rounded; what it returns takes the place of down (fc2) and of h_mid
+        from there on, so that down can make up for what the rounding and earlier layers lost (drift.py). The bytes that
+        down gets are shared out before, by the weights and h_mid above. None: down is rounded as it is.
     """
 
     weights: list[np.ndarray]
     h_in: np.ndarray
     h_mid: np.ndarray
     biases: list[np.ndarray] | None = None
+    down_inputs: DownInputs | None = None
 
 
 def token_weights(hidden: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -124,7 +131,12 @@ def quantize_layer(
         for number, expert in batch:
             _check(number, expert, signs_in, signs_mid)
         prepared = _prepare([expert for _, expert in batch], signs_in, signs_mid, record_bytes, length)
-        yield from _encode(prepared, length)
+        matrices = _encode([p for planes in prepared for p in planes[:-1]], length)
+        for (number, expert), planes in zip(batch, prepared, strict=True):
+            if expert.down_inputs is not None:
+                planes[-1] = _down_again(number, expert, planes, matrices, signs_in, signs_mid, length)
+        matrices |= _encode([planes[-1] for planes in prepared], length)
+        yield from (Record(length, [matrices[id(p)][0] for p in planes]) for planes in prepared)
         tiles = sum(w.shape[0] for w in batch[0][1].weights[:-1]) // ROW_TILE
         at_once = max(1, TILES_AT_ONCE // max(tiles, 1))
 
@@ -204,13 +216,16 @@ def _side(h: np.ndarray, sign: np.ndarray) -> tuple:
     return rotated, order, *factor(rotated)
 
 
-def _plane(w: np.ndarray, sign: np.ndarray, side: tuple, bias: np.ndarray | None, bits: float) -> _Plane:
+def _plane(
+    w: np.ndarray, sign: np.ndarray, side: tuple, bias: np.ndarray | None, bits: float, keep: bool | None = None
+) -> _Plane:
     h, order, feedback, weight = side
     rows = padded_rows(w.shape[0])
     rotated = np.zeros((rows, len(sign)), np.float32)
     rotated[: w.shape[0]] = rotate(np.asarray(w, np.float32), sign)[:, columns_of(order)]
     power = np.mean(rotated.astype(np.float64) ** 2, axis=1)
-    keep = keeps_row_gains(power[: w.shape[0]], w.shape[1], bits)
+    if keep is None:
+        keep = keeps_row_gains(power[: w.shape[0]], w.shape[1], bits)
     row_gain = np.where((power > 0) & keep, np.sqrt(power), 1).astype(np.float32)
     rates = np.zeros(len(order), np.uint8)
     return _Plane(w.shape, rotated, h, feedback, weight, order, row_gain, keep, bias, rates)
@@ -225,11 +240,15 @@ def _share_bytes(expert: ExpertInputs, planes: list[_Plane], record_bytes: int, 
         )
     importance = []
     for p, reach in zip(planes, _reach(expert, planes), strict=True):
-        energy = reach @ p.w.astype(np.float64) ** 2  # per column, rows weighted by what they do to the output
-        importance.append((energy * p.weight).reshape(-1, COLUMN_BLOCK).sum(1))
+        importance.append(_block_energy(p, reach))
     rates = water_fill(importance, [p.shape[0] for p in planes], record_bytes - fixed, length)
     for p, r in zip(planes, rates, strict=True):
         p.rates = r
+
+
+def _block_energy(p: _Plane, reach: np.ndarray) -> np.ndarray:
+    """Output error (blocks,) if a block were absent, rows weighted by what they do to the output."""
+    return ((reach @ p.w.astype(np.float64) ** 2) * p.weight).reshape(-1, COLUMN_BLOCK).sum(1)
 
 
 def _reach(expert: ExpertInputs, planes: list[_Plane]) -> list[np.ndarray]:
@@ -272,11 +291,40 @@ def encoder(length: int) -> Encoder:
     return metal_encode.encode_tiles
 
 
-def _encode(prepared: list[list[_Plane]], length: int) -> Iterator[Record]:
-    matrices: dict[int, Matrix] = {}
+def _down_again(
+    number: int,
+    expert: ExpertInputs,
+    planes: list[_Plane],
+    matrices: dict[int, tuple[Matrix, np.ndarray]],
+    signs_in: np.ndarray,
+    signs_mid: np.ndarray,
+    length: int,
+) -> _Plane:
+    """Down as `down_inputs` wants it, in the bytes that gate and up left."""
+    rounded = [_in_model_space(p, matrices[id(p)][1], signs_in) for p in planes[:-1]]
+    down, h = expert.down_inputs(rounded)  # type: ignore[misc]
+    bias = expert.biases[-1] if expert.biases is not None else None
+    changed = ExpertInputs([*expert.weights[:-1], down], expert.h_in, h, expert.biases)
+    _check(number, changed, signs_in, signs_mid)
+    old = planes[-1]
+    new = _plane(down, signs_mid, _side(h, signs_mid), bias, 0, old.keep_gain)
+    left = sum(block_bytes(down.shape[0], int(rate)) for rate in old.rates)
+    (new.rates,) = water_fill([_block_energy(new, np.ones(len(new.w)))], [down.shape[0]], left, length)
+    return new
+
+
+def _in_model_space(p: _Plane, rounded: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    natural = np.empty_like(rounded)
+    natural[:, columns_of(p.order)] = rounded
+    return unrotate(natural, sign)[: p.shape[0], : p.shape[1]]
+
+
+def _encode(planes: list[_Plane], length: int) -> dict[int, tuple[Matrix, np.ndarray]]:
+    """By id of the plane: the matrix, and the values that it stands for, float32 (R, C) in stored order."""
     stacks: dict[tuple[int, int], list[_Plane]] = {}
-    for p in (p for planes in prepared for p in planes):
+    for p in planes:
         stacks.setdefault(p.shape, []).append(p)
+    out = {}
     for stack in stacks.values():
         encoded = encode_stack(
             np.stack([p.w for p in stack]),
@@ -288,20 +336,20 @@ def _encode(prepared: list[list[_Plane]], length: int) -> Iterator[Record]:
             encoder(length),
         )
         for p, codes, gains, rounded in zip(stack, encoded.codes, encoded.gains, encoded.rounded, strict=True):
-            matrices[id(p)] = _matrix(p, codes, gains, rounded)
-    for planes in prepared:
-        yield Record(length, [matrices[id(p)] for p in planes])
+            out[id(p)] = _matrix(p, codes, gains, rounded)
+    return out
 
 
-def _matrix(p: _Plane, codes: list, block_gain: np.ndarray, rounded: np.ndarray) -> Matrix:
+def _matrix(p: _Plane, codes: list, block_gain: np.ndarray, rounded: np.ndarray) -> tuple[Matrix, np.ndarray]:
     row_gain = None
     if p.keep_gain:
         row_gain = (p.row_gain * _refit_rows(p.w, rounded, p.h)).astype(np.float16)
+        rounded = rounded * (row_gain / p.row_gain)[:, None]
     bias = None
     if p.bias is not None:
         bias = np.zeros(len(p.w), np.float16)
         bias[: len(p.bias)] = p.bias
-    return Matrix(*p.shape, p.rates, p.order, block_gain, row_gain, bias, _payload(codes, len(p.w)))
+    return Matrix(*p.shape, p.rates, p.order, block_gain, row_gain, bias, _payload(codes, len(p.w))), rounded
 
 
 def _refit_rows(w: np.ndarray, q: np.ndarray, h: np.ndarray) -> np.ndarray:

@@ -19,6 +19,8 @@ SPREAD_LOSS = 0.85  # dB per bit and unit of row spread that one gain for all ro
 ALIGNMENTS = (16384, 4096, 1024, 128)
 CHECKSUM_BYTES, CHECKSUM_SPAN = 8, 65536
 MAX_RATE = len(BITS) - 1
+CODE_DB_PER_BIT = 5.5  # what a bit buys with the code of this project, DB_PER_BIT with an ideal one
+LAYER_SIZES = 4  # different record sizes in a model
 KEEP = 0.998  # of the asked bits a coarser alignment must still spend
 
 
@@ -145,3 +147,73 @@ def _step(
     cost = block_bytes(rows[m], rate + 1) - block_bytes(rows[m], rate)
     saved = importance[m][b] * (error[rate] - error[rate + 1])
     return -saved / cost, m, b, rate + 1, cost
+
+
+def layer_bits(
+    sensitivity: np.ndarray,
+    weights: np.ndarray,
+    bits: float,
+    least: float,
+    most: float,
+    sizes: int = LAYER_SIZES,
+) -> np.ndarray:
+    """Bits per weight of each layer that lower the summed damage most, at most `sizes` different values.
+
+    The damage of layer l at R_l bits is taken as sensitivity_l x 10^(-CODE_DB_PER_BIT R_l / 10); layers of like
+    sensitivity per weight share a size, cut where the sum loses least (dynamic programming over the sorted layers).
+
+    Args:
+        sensitivity: float (layers,), positive: how much a relative error of the layer's expert output, once, does.
+        weights: int (layers,), expert weights of each layer.
+        bits: mean over all weights; kept exactly.
+        least, most: bounds of every layer, least <= bits <= most.
+
+    Returns:
+        float64 (layers,).
+
+    Raises:
+        ValueError: sensitivities that are not finite, or bounds that exclude the mean.
+    """
+    s, n = np.asarray(sensitivity, np.float64), np.asarray(weights, np.float64)
+    if s.shape != n.shape or not np.isfinite(s).all() or not (n > 0).all():
+        raise ValueError("[rates] each layer should have a finite sensitivity and weights; calibrate on more text.")
+    if not least <= bits <= most:
+        raise ValueError(f"[rates] the mean of {bits:g} bits should lie between {least:g} and {most:g}.")
+    s = np.maximum(s, max(s.max() * 1e-6, 1e-300))
+    order = np.argsort(s / n, kind="stable")
+    groups = [order[a:b] for a, b in _cuts(s[order], n[order], sizes)]
+    wish = np.array([10 / CODE_DB_PER_BIT * np.log10(s[g].sum() / n[g].sum()) for g in groups])
+    share = np.array([n[g].sum() for g in groups]) / n.sum()
+    out = np.empty(len(s))
+    for g, value in zip(groups, _with_mean(wish, share, bits, least, most), strict=True):
+        out[g] = value
+    return out
+
+
+def _cuts(s: np.ndarray, n: np.ndarray, sizes: int) -> list[tuple[int, int]]:
+    """Sorted layers cut into at most `sizes` runs so that sum of N log(S / N) over runs is least: with the best bits
+    for each run, that is the logarithm of the summed damage.
+    """
+    s_sum, n_sum = np.concatenate([[0], np.cumsum(s)]), np.concatenate([[0], np.cumsum(n)])
+
+    def cost(a: int, b: int) -> float:
+        return (n_sum[b] - n_sum[a]) * np.log((s_sum[b] - s_sum[a]) / (n_sum[b] - n_sum[a]))
+
+    best: dict[int, tuple[float, list[tuple[int, int]]]] = {0: (0.0, [])}
+    for _ in range(min(sizes, len(s))):
+        longer = dict(best)
+        for b in range(1, len(s) + 1):
+            options = [(best[a][0] + cost(a, b), [*best[a][1], (a, b)]) for a in best if a < b]
+            longer[b] = min([*options, *([best[b]] if b in best else [])], key=lambda option: option[0])
+        best = longer
+    return best[len(s)][1]
+
+
+def _with_mean(wish: np.ndarray, share: np.ndarray, bits: float, least: float, most: float) -> np.ndarray:
+    """wish + a constant, within the bounds, whose mean by share is `bits`, by bisection."""
+    low, high = least - wish.max(), most - wish.min()
+    for _ in range(100):
+        middle = (low + high) / 2
+        below = share @ np.clip(wish + middle, least, most) < bits
+        low, high = (middle, high) if below else (low, middle)
+    return np.clip(wish + high, least, most)

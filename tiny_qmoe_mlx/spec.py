@@ -6,13 +6,15 @@ Sizes are bytes.
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from tiny_qmoe_mlx.codecs.affine import Packing, layout
 from tiny_qmoe_mlx.codecs.trellis import LENGTHS, MAX_DIMENSION, UNIT, side_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
-FORMAT_VERSION, CODEC = 1, "trellis"
+FORMAT_VERSION = 1
+CODEC, AFFINE = CODECS = ("trellis", "affine")
 CONFIG = "config.json"
 ALIGNMENTS = (16384, 4096, 1024, 128)
 CHECKSUM_BYTES = 65536
@@ -24,7 +26,8 @@ AGAIN = "copy or convert the model again"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One MoE layer: module path, decoder layer index, file, experts, record size, (name, rows, columns) of matrices.
+    """One MoE layer: module path, decoder layer index, file, experts, record size, (name, rows, columns) of matrices;
+    packing: one for each matrix with the affine codec, none with the trellis.
 
     Raises:
         FormatError: a field has the wrong type, is out of bounds, or contradicts another.
@@ -37,6 +40,7 @@ class LayerSpec:
     record_bytes: int
     matrices: tuple[tuple[str, int, int], ...]
     bias: bool
+    packing: tuple[Packing, ...] = ()
 
     def __post_init__(self) -> None:
         fine = type(self.path) is str and bool(re.fullmatch(r"[\w.]{1,256}", self.path, re.ASCII))
@@ -70,7 +74,9 @@ class LayerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The object that stands in config.json."""
-        return {**asdict(self), "matrices": [list(m) for m in self.matrices]}
+        found = {**asdict(self), "matrices": [list(m) for m in self.matrices]}
+        packing = list(found.pop("packing"))
+        return {**found, "packing": packing} if packing else found
 
     @staticmethod
     def from_dict(value: Any) -> "LayerSpec":
@@ -79,10 +85,12 @@ class LayerSpec:
         Raises:
             FormatError: a key is missing, or a value is not what it should be.
         """
-        fields = _fields(LayerSpec, value, "a layer")
-        matrices = fields["matrices"]
+        found = _fields(LayerSpec, value, "a layer")
+        matrices, packing = found["matrices"], found.get("packing", [])
         _check(type(matrices) is list and all(type(m) is list for m in matrices), "matrices should be lists", matrices)
-        return LayerSpec(**{**fields, "matrices": tuple(tuple(m) for m in matrices)})
+        _check(type(packing) is list, "packing should be a list", packing)
+        found["packing"] = tuple(Packing(**_fields(Packing, p, "packing")) for p in packing)
+        return LayerSpec(**{**found, "matrices": tuple(tuple(m) for m in matrices)})
 
 
 @dataclass(frozen=True)
@@ -105,15 +113,20 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         check_version(self.format_version, CONFIG)
-        _check(self.codec == CODEC, f'codec should be "{CODEC}"', self.codec)
+        _check(self.codec in CODECS, f"codec should be one of {CODECS}", self.codec)
         _check(type(self.bits) in (int, float) and 0 < self.bits <= 64, "bits should lie in 0 to 64", self.bits)
         _check(self.alignment in ALIGNMENTS, f"alignment should be one of {ALIGNMENTS}", self.alignment)
-        _check(self.length in LENGTHS, f"length (of the trellis) should be one of {LENGTHS}", self.length)
+        if self.codec == AFFINE:
+            _check(self.length == 0 and self.seed == 0, "length and seed of codec affine should be 0", self.length)
+        else:
+            _check(self.length in LENGTHS, f"length (of the trellis) should be one of {LENGTHS}", self.length)
         _check_int(self.seed, 0, 2**32 - 1, "seed")
         _check(0 < len(self.layers) <= MAX_LAYERS, f"layers should be 1 to {MAX_LAYERS}", len(self.layers))
         for layer in self.layers:
             fits = layer.record_bytes % self.alignment == 0
             _check(fits, f"record_bytes of {layer.path} should be a multiple of {self.alignment}", layer.record_bytes)
+            packed = bool(layer.packing) == (self.codec == AFFINE)
+            _check(packed, f"{layer.path} should have a packing if and only if codec is {AFFINE}", layer.packing)
         for key in ("path", "layer"):
             values = [getattr(layer, key) for layer in self.layers]
             _check(len(set(values)) == len(values), f"every layer's {key} should be its own", values)
@@ -135,9 +148,9 @@ class ModelSpec:
         """
         if type(value) is dict:
             check_version(value.get("format_version"), CONFIG)  # before keys that another version may not have
-        fields = _fields(ModelSpec, value, "tiny_qmoe")
-        _check(type(fields["layers"]) is list, "layers should be a list", fields["layers"])
-        return ModelSpec(**{**fields, "layers": tuple(map(LayerSpec.from_dict, fields["layers"]))})
+        found = _fields(ModelSpec, value, "tiny_qmoe")
+        _check(type(found["layers"]) is list, "layers should be a list", found["layers"])
+        return ModelSpec(**{**found, "layers": tuple(map(LayerSpec.from_dict, found["layers"]))})
 
 
 def expert_file_name(layer: int) -> str:
@@ -205,7 +218,18 @@ def _check_matrices(spec: LayerSpec) -> None:
     fits = all(m[1:] == first[1:] for m in matrices[:-1]) and last[2] == first[1]
     _check(fits, f"the matrices of {spec.path} should fit one another", matrices)
     least = UNIT + sum(side_bytes(rows, columns, False, spec.bias) for rows, columns in spec.shapes)
+    if spec.packing:
+        _check_packing(spec)
+        least = layout(tuple(spec.shapes), spec.packing)[1]
     _check(spec.record_bytes >= least, f"record_bytes of {spec.path} should be at least {least}", spec.record_bytes)
+
+
+def _check_packing(spec: LayerSpec) -> None:
+    _check(len(spec.packing) == len(spec.matrices), f"packing of {spec.path} should have one per matrix", spec.packing)
+    for (name, _, columns), own in zip(spec.matrices, spec.packing, strict=True):
+        problem = own.problem(columns)
+        _check(not problem, f"packing of {spec.path}.{name}: {problem}", own)
+        _check(bool(own.bias) == spec.bias, f"packing of {spec.path}.{name} should have a bias type: {spec.bias}", own)
 
 
 def _check_texts(value: Any, name: str, required: str, optional: str | None) -> None:
@@ -216,6 +240,7 @@ def _check_texts(value: Any, name: str, required: str, optional: str | None) -> 
 
 
 def _fields(kind: Any, value: Any, name: str) -> dict[str, Any]:
-    keys = tuple(kind.__dataclass_fields__)
+    """Those keys of an object that a dataclass has; the ones without a default must be there."""
+    keys = tuple(f.name for f in fields(kind) if f.default is MISSING)
     _check(type(value) is dict and all(k in value for k in keys), f"{name} should be an object with {keys}", value)
-    return {k: value[k] for k in keys}
+    return {f.name: value[f.name] for f in fields(kind) if f.name in value}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MANIFEST = "tiny_qmoe_manifest.json"
+PLAN, STATE = "conversion.json", "state.safetensors"  # of a conversion under way; no part of the model
 
 
 def sync_directory(directory: Path) -> None:
@@ -50,6 +51,31 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (better := disk_full(error, path)) is not error:
+            raise better from error
+        raise
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path, suffix: str = "") -> Iterator[Path]:
+    """The temporary name of a file that another library writes; it gets its own name once it is on the disk.
+
+    Args:
+        path: the final name.
+        suffix: what the library wants the temporary name to end with.
+
+    Raises:
+        OSError: as the system says; a full disk with a sentence that names the file.
+    """
+    temporary = path.with_name(f".partial-{path.stem}{suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
@@ -113,7 +139,7 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         yield temporary
         check_target(target, overwrite)
         sync_directory(temporary)
-        _move_into_place(temporary, target)
+        move_into_place(temporary, target)
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +165,7 @@ def check_target(out: str | Path, overwrite: bool = False) -> None:
         raise FileExistsError(errno.EEXIST, sentence)
     if not overwrite:
         raise FileExistsError(errno.EEXIST, f"[{out}] is a converted model already; --overwrite replaces it")
-    foreign = sorted(n for n in names - _listed(out) if not n.startswith("."))
+    foreign = sorted(n for n in names - _listed(out) - {PLAN, STATE} if not n.startswith("."))
     if foreign:
         sentence = f"[{out}] holds {foreign[0]}, which no conversion wrote; move it away or choose another directory"
         raise FileExistsError(errno.EEXIST, sentence)
@@ -186,7 +212,7 @@ def _in_use(directory: Path, pid: int) -> bool:
     return False
 
 
-def _move_into_place(temporary: Path, target: Path) -> None:
+def move_into_place(temporary: Path, target: Path) -> None:
     """Rename; a converted model in the way is set aside first and comes back if the rename fails."""
     aside = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     replaced = target.exists() and any(target.iterdir())

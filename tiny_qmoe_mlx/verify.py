@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from tiny_qmoe_mlx import locate, terminal
-from tiny_qmoe_mlx.codecs import trellis
+from tiny_qmoe_mlx.codecs import affine, trellis
 from tiny_qmoe_mlx.container import (
     CHECKSUM_BYTES,
     CONFIG,
+    LOOSE,
     LayerSpec,
     ModelSpec,
     bits_per_weight,
@@ -66,6 +67,8 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
     for name, entry in files.items():
         if name in layers and spec is not None:
             yield from _check_experts(directory, layers[name], spec, entry, advance)
+        elif name.endswith(LOOSE) and not (directory / name).exists():
+            advance(entry["bytes"])
         elif "header_bytes" not in entry:  # an experts file that no readable config describes cannot be checked
             yield from _caught(name, check_size, check_hash, args=(directory, name, entry))
             advance(entry["bytes"])
@@ -126,7 +129,10 @@ def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.
             f"({len(wrong)} of {len(sums)} checksums differ); copy or convert the file again."
         )
     try:
-        trellis.parse(record, layer.shapes, layer.bias, where, length)
+        if layer.packing:
+            affine.parse(record, layer.shapes, layer.packing, where)
+        else:
+            trellis.parse(record, layer.shapes, layer.bias, where, length)
     except FormatError as error:
         return str(error)
     used = int(record[8:12].view("<u4")[0])

@@ -1,0 +1,191 @@
+"""What `--calibration` may name: texts, chats, and what a model writes for itself."""
+
+import json
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_models
+from mlx_lm.utils import load_model
+from tokenizers import Tokenizer
+
+from tiny_qmoe_mlx import calibration_text, checkpoint, writer
+from tiny_qmoe_mlx.errors import BudgetError, FormatError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if tools %}[{{ tools | length }} tools]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return tiny_models.make_checkpoint(tmp_path_factory.mktemp("original"), "qwen3_moe")
+
+
+def open_tokenizer(directory: Path, template: str | None = None):
+    tokenizer = checkpoint.open_tokenizer(directory, checkpoint.read_config(directory))
+    if template is not None:
+        tokenizer._tokenizer.chat_template = template
+        tokenizer.has_chat_template = True
+    return tokenizer
+
+
+def tokens_of(source, tokenizer, original, sequences=4, length=16, **options):
+    return calibration_text.calibration_tokens(str(source), tokenizer, original, sequences, length, **options)
+
+
+# ---- texts
+
+
+def test_a_text_gives_stretches_spread_over_it(original, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghij" * 10)
+    found = tokens_of(file, open_tokenizer(original), original, 4, 10)
+    ids = Tokenizer.from_file(str(original / "tokenizer.json")).encode("abcdefghij" * 10).ids
+    assert found.dtype == np.int32 and found.tolist() == [ids[s : s + 10] for s in (0, 30, 60, 90)]
+
+
+def test_a_text_for_fewer_sequences_gives_as_many_as_it_has(original, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("x" * 35)
+    assert tokens_of(file, open_tokenizer(original), original, 64, 16).shape == (2, 16)
+
+
+def test_none_and_builtin(original):
+    tokenizer = open_tokenizer(original)
+    assert tokens_of("none", tokenizer, original) is None
+    found = tokens_of("builtin", tokenizer, original, 3, 20)
+    start = calibration_text.BUILTIN_TEXT.read_text()[:20]
+    assert tokenizer.decode(found[0].tolist()) == start and found.shape == (3, 20)
+
+
+# ---- chats
+
+
+def test_chats_go_through_the_template(original, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}]},
+        {"prompt": "two?", "completion": "2"},
+        {"text": "plain\u2028text"},
+        {"messages": [{"role": "user", "content": "three"}], "tools": [{}, {}]},
+    ]
+    file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n")
+    tokenizer = open_tokenizer(original, TEMPLATE)
+    wanted = "<user>one?</><assistant>1</><user>two?</><assistant>2</>plain\u2028text<user>three</>[2 tools]"  # noqa: S105
+    ids = calibration_text.chat_tokens(file, tokenizer)
+    assert tokenizer.decode(ids) == wanted
+    assert tokens_of(file, tokenizer, original, 2, 16).tolist() == [ids[:16], ids[-16:]]
+
+
+@pytest.mark.parametrize(
+    ("line", "template", "message"),
+    [
+        ("{", TEMPLATE, r"chats.jsonl, line 2, should be JSON, it is not: "),
+        ("[" * 100000, TEMPLATE, r"line 2, should be JSON"),
+        ("[1]", TEMPLATE, r'line 2, should be an object with "messages", .* received .\[1\]'),
+        ('{"role": "user"}', TEMPLATE, r'should be an object with "messages", with "prompt" and "completion"'),
+        ('{"messages": []}', TEMPLATE, r'"messages" should be a list of objects'),
+        ('{"messages": "hello"}', TEMPLATE, r'"messages" should be a list of objects'),
+        ('{"messages": ["hello"]}', TEMPLATE, r'"messages" should be a list of objects'),
+        ('{"prompt": "x"}', TEMPLATE, r'"completion" should be a text, received .None'),
+        ('{"prompt": 3, "completion": "x"}', TEMPLATE, r'"prompt" should be a text, received .3'),
+        ('{"text": null}', TEMPLATE, r'"text" should be a text'),
+        ('{"prompt": "x", "completion": "y"}', None, r"line 2, holds a chat, .* has no chat template; give a text"),
+        (
+            '{"prompt": "x", "completion": "y"}',
+            "{{ raise_exception('roles must alternate') }}",
+            r"line 2, does not go through the model's chat template: roles must alternate",
+        ),
+        ('{"prompt": "x", "completion": "y"}', "{{ nothing.at.all }}", r"does not go through .* undefined"),
+        ('{"prompt": "\\ud800", "completion": "y"}', TEMPLATE, r"does not go through .* surrogates"),
+    ],
+)
+def test_chats_that_do_not_serve(original, tmp_path, line, template, message):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(FormatError, match=message) as caught:
+        calibration_text.chat_tokens(file, open_tokenizer(original, template))
+    assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+def test_too_few_chats(original, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"text": "hello"}\n')
+    with pytest.raises(FormatError, match=r"chats.jsonl should have at least 16 tokens, it has 5"):
+        tokens_of(file, open_tokenizer(original), original)
+
+
+# ---- self
+
+
+def test_self_is_deterministic_by_its_seed(original):
+    tokenizer = open_tokenizer(original)
+    found = tokens_of("self", tokenizer, original, 6, 48, seed=1)
+    assert found.shape == (6, 48) and found.dtype == np.int32 and found.min() >= 0 and found.max() < 258
+    assert np.array_equal(found, tokens_of("self", tokenizer, original, 6, 48, seed=1))
+    assert not np.array_equal(found, tokens_of("self", tokenizer, original, 6, 48, seed=2))
+
+
+def test_openings_come_in_rounds_and_in_the_templates_words(original):
+    plain = calibration_text.openings(open_tokenizer(original), random.Random(0))
+    count = len(calibration_text.BEGUN) + len(calibration_text.ASKED)
+    first, second = ([tuple(next(plain)) for _ in range(count)] for _ in range(2))
+    assert len(set(first)) == count and set(first) == set(second) and first != second
+    tokenizer = open_tokenizer(original, TEMPLATE)
+    pool = calibration_text.openings(tokenizer, random.Random(0))
+    texts = {tokenizer.decode(next(pool)) for _ in range(count)}
+    assert "<user>What should I see in Kyoto in two days?</><assistant>" in texts
+    failing = calibration_text.openings(open_tokenizer(original, "{{ nothing.at.all }}"), random.Random(0))
+    assert len({tuple(next(failing)) for _ in range(count)}) == count
+
+
+def test_an_original_larger_than_memory_is_refused(original, monkeypatch):
+    assert calibration_text.can_write(original, 4, 16)
+    monkeypatch.setattr(writer, "available_bytes", lambda: 100_000)
+    assert not calibration_text.can_write(original, 4, 16)
+    with pytest.raises(
+        BudgetError, match=r"self needs the whole original in memory, .* can give 100KB; use --cal.* FILE"
+    ):
+        tokens_of("self", open_tokenizer(original), original)
+
+
+# ---- many rows at once
+
+
+def alone(model, prompt: list[int], limit: int, ends: set[int], after: list[list[int]]) -> list[int]:
+    """One row by whole passes without a cache: greedy."""
+    row = list(prompt)
+    after = [list(a) for a in after]
+    while len(row) < limit:
+        row.append(int(np.array(model(mx.array([row]))[0, -1]).argmax()))
+        if row[-1] in ends:
+            if not after:
+                break
+            row += after.pop(0)
+    return row[:limit]
+
+
+def test_rows_of_different_lengths_are_what_each_would_write_alone(original):
+    model, _ = load_model(original)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, n).tolist() for n in (1, 3, 9, 17)]
+    limits = [20, 5, 24, 18]
+    free = [alone(model, p, n, set(), []) for p, n in zip(prompts, limits, strict=True)]
+    greedy = lambda p: mx.argmax(p, axis=-1)  # noqa: E731
+    assert writer.write(model, prompts, limits, greedy, set()) == free
+    ends = {free[0][4], free[2][12]}  # two rows meet an end in their own text
+    stopped = [alone(model, p, n, ends, []) for p, n in zip(prompts, limits, strict=True)]
+    assert stopped != free and writer.write(model, prompts, limits, greedy, ends) == stopped
+    nexts = [[[i, i + 1, i + 2]] * 30 for i in range(4)]
+    going_on = [alone(model, p, n, ends, a) for p, n, a in zip(prompts, limits, nexts, strict=True)]
+    assert writer.write(model, prompts, limits, greedy, ends, lambda row: [row, row + 1, row + 2]) == going_on
+    assert [len(row) for row in going_on] == limits
+
+
+def test_a_prompt_at_its_limit_is_returned_as_it_is(original):
+    model, _ = load_model(original)
+    assert writer.write(model, [[1, 2, 3, 4]], [3], lambda p: mx.argmax(p, axis=-1), set()) == [[1, 2, 3]]

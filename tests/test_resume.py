@@ -1,0 +1,187 @@
+"""A conversion that was stopped, killed, or ran out of disk goes on where it was, and writes what it would have written."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from commands import finish, names, refusal, start
+
+from tiny_qmoe_mlx import conversion, native, unfinished
+from tiny_qmoe_mlx.settings import Settings
+from tiny_qmoe_mlx.staging import PLAN, STATE
+
+pytest_plugins = ["command_fixtures"]
+pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
+SETTINGS = {"bits": 3.0, "sequences": 8, "sequence_tokens": 64}
+LINE = ("--bits", 3, "--calibration-sequences", 8, "--calibration-tokens", 64)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, text, tmp_path_factory) -> dict[str, bytes]:
+    """What an uninterrupted conversion writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    conversion.convert(checkpoint, out, Settings(calibration=str(text), **SETTINGS))
+    return contents(out)
+
+
+class Stopped(BaseException):
+    """Nothing in the package catches it, as nothing can catch a kill."""
+
+
+def stopped_after(monkeypatch, moment: int, checkpoint: Path, out: Path, text: Path) -> None:
+    """A conversion that ends at the moment-th write of its state, before or after."""
+    save, count = unfinished.save_state, 0
+
+    def save_and_stop(*args):
+        nonlocal count
+        if count == moment // 2 and not moment % 2:
+            raise Stopped
+        save(*args)
+        count += 1
+        if count == moment // 2 + 1 and moment % 2:
+            raise Stopped
+
+    with monkeypatch.context() as m, pytest.raises(Stopped):
+        m.setattr(unfinished, "save_state", save_and_stop)
+        conversion.convert(checkpoint, out, Settings(calibration=str(text), **SETTINGS))
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_stopped_conversion_goes_on_with_the_same_bytes(monkeypatch, checkpoint, text, tmp_path, whole, moment):
+    out = tmp_path / "out"
+    stopped_after(monkeypatch, moment, checkpoint, out, text)
+    assert names(tmp_path) == (["out.partial"] if moment else [])
+    began = [name for name in names(tmp_path / "out.partial") if name.endswith(".safetensors")] if moment else []
+    times = {name: (tmp_path / "out.partial" / name).stat().st_mtime_ns for name in began if name != STATE}
+    conversion.convert(checkpoint, out, Settings(calibration=str(text), **SETTINGS))
+    assert contents(out) == whole and names(tmp_path) == ["out"]
+    finished = moment // 2 + moment % 2  # states written: the embeddings', then one for each of the three layers
+    again = [name for name, then in times.items() if (out / name).stat().st_mtime_ns != then]
+    assert len(times) - len(again) >= max(finished - 1, 0)
+
+
+def test_many_stops_in_a_row(monkeypatch, checkpoint, text, tmp_path, whole):
+    for _ in range(3):
+        stopped_after(monkeypatch, 1, checkpoint, tmp_path / "out", text)
+    conversion.convert(checkpoint, tmp_path / "out", Settings(calibration=str(text), **SETTINGS))
+    assert contents(tmp_path / "out") == whole
+
+
+KILLS = [pytest.param(n, marks=[] if n < 2 else pytest.mark.slow) for n in range(30)]
+
+
+@pytest.mark.parametrize("number", KILLS)
+def test_kill_at_a_random_moment(checkpoint, text, tmp_path, whole, number):
+    """kill -9 again and again, at moments that the seed decides, until the conversion gets through."""
+    draw, out, kills = random.Random(number), tmp_path / "out", 0
+    while not out.exists():
+        child = start("convert", "--hf-path", checkpoint, "--mlx-path", out, "--calibration", text, *LINE)
+        time.sleep(draw.uniform(0.5, 4) if kills < 4 else 60 * (kills > 8))
+        if kills < 4:
+            child.send_signal(signal.SIGKILL)
+            kills += 1
+        result = finish(child)
+        assert "Traceback" not in result.err and set(names(tmp_path)) <= {"out", "out.partial"}
+    assert contents(out).keys() - whole.keys() <= {PLAN, STATE}
+    assert {name: data for name, data in contents(out).items() if name in whole} == whole
+
+
+# ---- what is not gone on with
+
+OTHERS = {
+    "bits": (("--bits", 2.5), "was begun with bits 3.0, received bits 2.5"),
+    "rest bits": (("--rest-bits", 4), "was begun with rest bits 8, received rest bits 4"),
+    "seed": (("--seed", 1), "was begun with seed 0, received seed 1"),
+    "trellis": (("--trellis-length", 14), "was begun with length 12, received length 14"),
+    "tokens": (("--calibration-tokens", 32), "was begun with sequence tokens 64, received sequence tokens 32"),
+    "calibration": (("--calibration", "none"), "was begun with calibration .*, received calibration none"),
+}
+
+
+@pytest.fixture
+def begun(monkeypatch, checkpoint, text, tmp_path) -> Path:
+    """An unfinished conversion with one layer done."""
+    stopped_after(monkeypatch, 3, checkpoint, tmp_path / "out", text)
+    return tmp_path / "out.partial"
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_settings_are_refused(begun, checkpoint, text, here, what):
+    options, message = OTHERS[what]
+    before = contents(begun)
+    line = ("--hf-path", checkpoint, "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE, *options)
+    sentence = refusal(here("convert", *line))
+    assert str(begun) in sentence and "remove that directory to begin anew" in sentence
+    assert re.search(message, sentence), sentence
+    assert contents(begun) == before
+
+
+def test_another_calibration_text_is_refused(begun, checkpoint, text, tmp_path, here):
+    before = text.read_text()
+    try:
+        text.write_text(before[::-1])
+        line = ("--hf-path", checkpoint, "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE)
+        assert "was begun with a calibration whose" in refusal(here("convert", *line)) and begun.exists()
+    finally:
+        text.write_text(before)
+
+
+def test_a_source_that_changed_is_refused(begun, checkpoint, text, tmp_path, here):
+    source = Path(shutil.copytree(checkpoint, tmp_path / "hf"))
+    os.utime(source / "model.safetensors", (1, 1))
+    line = ("--hf-path", source, "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE)
+    sentence = refusal(here("convert", *line))
+    assert "was begun with a source whose" in sentence and begun.exists()
+
+
+def damage_plan(directory: Path) -> None:
+    (directory / PLAN).write_text("{")
+
+
+def damage_state(directory: Path) -> None:
+    data = (directory / STATE).read_bytes()
+    (directory / STATE).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("damage", [damage_plan, damage_state])
+def test_damaged_notes_are_refused(begun, checkpoint, text, here, damage):
+    damage(begun)
+    line = ("--hf-path", checkpoint, "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE)
+    sentence = refusal(here("convert", *line))
+    assert "is damaged; remove" in sentence and begun.exists()
+
+
+def test_a_finished_file_that_is_gone_is_noticed(begun, checkpoint, text, here):
+    victim = next(begun.glob("model-rest-*.safetensors"))
+    victim.unlink()
+    line = ("--hf-path", checkpoint, "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE)
+    sentence = refusal(here("convert", *line))
+    assert victim.name in sentence and begun.exists()
+
+
+def test_a_strangers_directory_is_left_alone(checkpoint, text, tmp_path, here):
+    stranger = tmp_path / "out.partial"
+    stranger.mkdir()
+    (stranger / "notes.txt").write_text("mine")
+    line = ("--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", text, *LINE)
+    assert "no conversion began it" in refusal(here("convert", *line)) and names(stranger) == ["notes.txt"]
+
+
+def test_two_conversions_of_one_output(checkpoint, text, tmp_path, here):
+    with unfinished.unfinished_directory(tmp_path / "out", False) as directory:
+        (directory / PLAN).write_text(json.dumps({}))
+        line = ("--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", text, *LINE)
+        assert "another conversion is writing it" in refusal(here("convert", *line))
+        assert names(directory) == [PLAN]
+        (directory / PLAN).unlink()
+    assert names(tmp_path) == ["out"]
