@@ -26,7 +26,7 @@ from mlx_lm.models.switch_layers import SwiGLU  # noqa: E402
 from tiny_qmoe_mlx.codecs import trellis  # noqa: E402
 from tiny_qmoe_mlx.distill import Found, Schedule, distill, teach  # noqa: E402
 from tiny_qmoe_mlx.expert_kind import ExpertKind  # noqa: E402
-from tiny_qmoe_mlx.finetune_model import Decoded, GainedExperts  # noqa: E402
+from tiny_qmoe_mlx.finetune_model import GainedExperts, decoded  # noqa: E402
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 NAMES = {
@@ -76,9 +76,8 @@ def put_records(model: nn.Module, records: list[np.ndarray], shapes: list[tuple[
     """Give the model's feed-forwards the codes and gains of records, in place."""
     named = tuple((name, *shape) for name, shape in zip(MATRICES, shapes, strict=True))
     for i, data in enumerate(records):
-        record = trellis.parse(data, shapes, False, f"layer {i}")
         kind = ExpertKind(named, False, length, SEED, i, SwiGLU())
-        experts = GainedExperts(kind, [[Decoded.of(m, length) for m in record.matrices]])
+        experts = GainedExperts(kind, [decoded(data, shapes, False, f"layer {i}")])
         model.model.layers[i].mlp = OneExpert(experts)
     mx.eval(model.parameters())
 

@@ -256,16 +256,16 @@ def convert(source: Path, out: Path, bits: int = 4) -> Path:
     """A converted model whose experts are affine records and whose other weights are the checkpoint's."""
     model, config = checkpoint.load_lazy(source)
     layers = checkpoint.expert_layers(model)
-    found = [affine_convert.affine_layer_spec(layer, bits, 128) for layer in layers]
+    found, alignment = affine_convert.affine_layer_specs(layers, bits)
     words = spec.ModelSpec(
-        1, "affine", round(spec.bits_per_weight(found, 128), 4), 128, 0, 0, tuple(found),
+        1, "affine", round(spec.bits_per_weight(found, alignment), 4), alignment, 0, 0, tuple(found),
         {"model": "x", "revision": None}, {"source": "none", "tokens": 0},
     )  # fmt: skip
     with container.staged_directory(out) as staged:
         for layer, own in zip(layers, found, strict=True):
             groups = (range(i, min(i + 3, own.experts)) for i in range(0, own.experts, 3))
             records = (r for group in groups for r in affine_convert.affine_records(layer, group, own))
-            container.write_experts_file(staged, own, 128, records)
+            container.write_experts_file(staged, own, alignment, records)
         model.update_modules(tree_unflatten([(layer.path, nn.Module()) for layer in layers]))
         save_model(staged, model)
         container.write_json(staged / "config.json", {**config, "tiny_qmoe": words.to_dict()})
@@ -469,15 +469,22 @@ def test_the_views_share_the_pools_memory(made):
     assert mx.get_peak_memory() <= held + 4096
 
 
+def test_alignment_costs_little():
+    assert affine_convert.affine_alignment(13 << 20) == 16384
+    for used in (128, 12928, 100_096, 2_654_336, 13_236_608):
+        alignment = affine_convert.affine_alignment(used)
+        assert alignment == 128 or -used % alignment <= 0.005 * used
+
+
 def test_what_cannot_be_kept_is_refused(tmp_path):
     directory = tiny_models.make_checkpoint(tmp_path / "hf", "qwen3_moe", moe_intermediate_size=80)
     layer = checkpoint.expert_layers(checkpoint.load_lazy(directory)[0])[0]
     with pytest.raises(
         FormatError, match="down_proj cannot be kept by codec affine: columns should be a multiple of 64"
     ):
-        affine_convert.affine_layer_spec(layer, 4)
+        affine_convert.affine_layer_spec(layer, 4, 128)
     with pytest.raises(FormatError, match="bits of mode affine should be one of .*, received '7'"):
-        affine_convert.affine_layer_spec(layer, 7)
+        affine_convert.affine_layer_spec(layer, 7, 128)
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path):
@@ -489,7 +496,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
     directory = source_layouts.rewrite(source_layouts.make(tmp_path / "hf", "qwen3_moe each"), spoil)
     layer = checkpoint.expert_layers(checkpoint.load_lazy(directory)[0])[-1]
-    own = affine_convert.affine_layer_spec(layer, 4)
+    own = affine_convert.affine_layer_spec(layer, 4, 128)
     with pytest.raises(ValueError, match=r"\[model.layers.2.mlp.switch_mlp\] up_proj of expert 5 should be finite"):
         list(affine_convert.affine_records(layer, range(4, 8), own))
     assert len(list(affine_convert.affine_records(layer, range(5), own))) == 5

@@ -8,7 +8,7 @@ from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.feedback import block_order, columns_of, encode_stack, factor, rotated_hessian
 from tiny_qmoe_mlx.quantize import ExpertInputs, blend, quantize_layer, token_weights
-from tiny_qmoe_mlx.rates import distortion, file_bytes, keeps_row_gains, record_bytes_for, water_fill
+from tiny_qmoe_mlx.rates import distortion, file_bytes, keeps_row_gains, layer_bits, record_bytes_for, water_fill
 
 needs_library = pytest.mark.skipif(not native.available(), reason="the C++ library is not built")
 
@@ -129,6 +129,46 @@ def test_row_gains_are_kept_where_rows_differ_or_are_long():
     assert keeps_row_gains(outlier, 64, 2.0)
 
 
+def damage(sensitivity: np.ndarray, bits: np.ndarray) -> float:
+    return float((sensitivity * 10 ** (-0.55 * bits)).sum())
+
+
+def test_layer_bits_against_every_way_to_cut():
+    """At most 2 sizes over 6 layers: all assignments of layers to 2 groups, the bits by a fine search."""
+    sensitivity = np.exp(np.random.default_rng(15).standard_normal(6))
+    found = layer_bits(sensitivity, np.full(6, 100), 2.0, 0.5, 4.0, sizes=2)
+    best = np.inf
+    for choice in range(1, 63):
+        high = np.array([choice >> i & 1 for i in range(6)], bool)
+        for more in np.arange(0, 1.2, 0.01):
+            bits = np.where(high, 2 + more, 2 - more * high.sum() / (~high).sum())
+            best = min(best, damage(sensitivity, bits))
+    assert damage(sensitivity, found) < 1.001 * best
+
+
+@pytest.mark.parametrize("bits", [0.8, 1.0, 2.0, 3.9])
+def test_layer_bits_keep_mean_bounds_and_number_of_sizes(bits):
+    rng = np.random.default_rng(16)
+    sensitivity, weights = np.exp(2 * rng.standard_normal(30)), rng.integers(1, 5, 30) * 1000
+    found = layer_bits(sensitivity, weights, bits, 0.75, 4.0)
+    np.testing.assert_allclose((found * weights).sum() / weights.sum(), bits, rtol=1e-9)
+    assert len(np.unique(found)) <= 4
+    assert found.min() >= 0.75 and found.max() <= 4.0
+    order = np.argsort(sensitivity / weights)
+    assert (np.diff(found[order]) >= 0).all()
+
+
+def test_layers_alike_get_the_same_bits():
+    np.testing.assert_allclose(layer_bits(np.ones(5), np.full(5, 10), 1.5, 0.75, 4.0), 1.5)
+    np.testing.assert_allclose(layer_bits(np.zeros(5), np.full(5, 10), 1.5, 0.75, 4.0), 1.5)
+
+
+@pytest.mark.parametrize("sensitivity, bits", [(np.array([1.0, np.nan]), 2.0), (np.ones(2), 5.0)])
+def test_layer_bits_refuse_what_makes_no_sense(sensitivity, bits):
+    with pytest.raises(ValueError, match=r"\[rates\]"):
+        layer_bits(sensitivity, np.full(2, 10), bits, 0.75, 4.0)
+
+
 # ---- linear algebra
 
 
@@ -238,6 +278,7 @@ def test_quantizers_own_reconstruction_is_what_the_record_decodes_to():
     feedback, _ = factor(h[np.ix_(columns, columns)])
     rotated = rotation.rotate(expert.weights[0], sign)[:, columns]
     ones = np.ones((1, 64), np.float32)
+
     own = encode_stack(rotated[None], [feedback], m.rates[None], ones, 64, 12, native.encode_tiles).rounded[0]
     np.testing.assert_array_equal(trellis.decode_matrix(m, 12)[:, columns], own)
 
@@ -262,6 +303,43 @@ def test_same_input_gives_the_same_bytes_alone_or_beside_others():
     alone = [trellis.pack(next(quantize_layer([e], *signs_of(e), size)), size) for e in experts]
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@needs_library
+def test_down_is_what_down_inputs_says_of_the_rounded_gate_and_up():
+    """The rounded matrices that it sees are those that the record holds; down then stands for its answer."""
+    rng = np.random.default_rng(17)
+    expert = make_expert(rng, 128, 192)
+    other = make_expert(rng, 128, 192)
+    seen = []
+
+    def down_inputs(rounded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        seen.extend(rounded)
+        return other.weights[2], other.h_mid
+
+    expert.down_inputs = down_inputs
+    decoded, used, size = round_trip(expert, 2.0)
+    assert used <= size
+    for q, own in zip(decoded[:2], seen, strict=True):
+        np.testing.assert_allclose(q, own, atol=1e-3 * np.abs(q).max())
+    assert relative_error(other.weights[2], decoded[2], other.h_mid) < 0.06
+
+
+@needs_library
+def test_down_inputs_that_change_nothing_change_no_byte():
+    expert = make_expert(np.random.default_rng(18), 128, 64)
+    size, _ = record_bytes_for(1.5, [w.shape for w in expert.weights], 1)
+    plain = trellis.pack(next(quantize_layer([expert], *signs_of(expert), size)), size)
+    expert.down_inputs = lambda rounded: (expert.weights[2], expert.h_mid)
+    np.testing.assert_array_equal(trellis.pack(next(quantize_layer([expert], *signs_of(expert), size)), size), plain)
+
+
+@needs_library
+def test_down_inputs_that_do_not_fit_are_refused():
+    expert = make_expert(np.random.default_rng(19), 128, 64)
+    expert.down_inputs = lambda rounded: (expert.weights[2], np.full((64, 64), np.nan))
+    with pytest.raises(ValueError, match="expert 0: the Hessian of down should be finite"):
+        next(quantize_layer([expert], *signs_of(expert), 1 << 14))
 
 
 # ---- hostile input

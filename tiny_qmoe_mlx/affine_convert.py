@@ -42,27 +42,42 @@ def _name(array: mx.array) -> str:
     return str(array.dtype).removeprefix("mlx.core.")
 
 
-def affine_layer_spec(found: checkpoint.ExpertLayer, bits: int, alignment: int | None = None) -> LayerSpec:
-    """What an experts file of the codec affine holds; record_bytes is a multiple of the alignment.
+def affine_layer_specs(layers: list[checkpoint.ExpertLayer], bits: int) -> tuple[list[LayerSpec], int]:
+    """What the experts files of all layers hold, and the alignment of their records.
 
     Args:
-        found: the layer.
+        layers: of the model.
         bits: 2 to 6 or 8, where the checkpoint is not quantized.
-        alignment: of all layers' records; None: the largest that costs this layer at most 0.5 % (`affine_alignment`).
 
     Raises:
         FormatError: a kind of quantization that the format does not have.
     """
-    matrices, packing = tuple(checkpoint.matrix_shapes(found)), affine_packing(found, bits)
-    used = affine.layout(tuple((rows, columns) for _, rows, columns in matrices), packing)[1]
-    unit = alignment or affine_alignment(used)
+    packing = [affine_packing(found, bits) for found in layers]
+    used = [affine.layout(_shapes(found), own)[1] for found, own in zip(layers, packing, strict=True)]
+    alignment = min(map(affine_alignment, used))
+    sized = [-(-size // alignment) * alignment for size in used]
+    return [_layer_spec(*parts) for parts in zip(layers, packing, sized, strict=True)], alignment
+
+
+def affine_layer_spec(found: checkpoint.ExpertLayer, bits: int, alignment: int) -> LayerSpec:
+    """The same of one layer, with records that are a multiple of an alignment."""
+    packing = affine_packing(found, bits)
+    used = affine.layout(_shapes(found), packing)[1]
+    return _layer_spec(found, packing, -(-used // alignment) * alignment)
+
+
+def _shapes(found: checkpoint.ExpertLayer) -> tuple[tuple[int, int], ...]:
+    return tuple((rows, columns) for _, rows, columns in checkpoint.matrix_shapes(found))
+
+
+def _layer_spec(found: checkpoint.ExpertLayer, packing: tuple[affine.Packing, ...], record_bytes: int) -> LayerSpec:
     return LayerSpec(
         path=found.path,
         layer=found.layer,
         file=expert_file_name(found.layer),
         experts=checkpoint.expert_count(found),
-        record_bytes=-(-used // unit) * unit,
-        matrices=matrices,
+        record_bytes=record_bytes,
+        matrices=tuple(checkpoint.matrix_shapes(found)),
         bias=checkpoint.has_bias(found),
         packing=packing,
     )

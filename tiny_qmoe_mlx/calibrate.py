@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiny_qmoe_mlx.drift import corrected_down, share_of_missing
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.layerwise import Routed
 from tiny_qmoe_mlx.quantize import ExpertInputs, blend, token_weights
 
 STARVED = 4  # an expert with fewer tokens than this many times its width also sees tokens that were not routed to it
@@ -18,21 +18,14 @@ PRIOR_TOKENS = 512
 @dataclass
 class LayerTokens:
     """What reaches one expert layer: x float32 (tokens, d), chosen int (tokens, k), router weights float32 (tokens, k),
-    and what the layer's output lacks so far, missing float32 (tokens, d), or None for no correction.
+    and what the layer's output would lack beside the original model's if its experts were the original ones, missing
+    float32 (tokens, d), or None for no correction.
     """
 
     x: np.ndarray
     chosen: np.ndarray
     weight: np.ndarray
-    missing: np.ndarray | None
-
-    @staticmethod
-    def of(routed: Routed, wanted: np.ndarray | None) -> "LayerTokens":
-        """The compressed stream's tokens; `wanted` float32 (tokens, d), the layer's output without experts that the
-        reference has.
-        """
-        missing = wanted - routed.base if wanted is not None and routed.linear else None
-        return LayerTokens(routed.x, routed.chosen, routed.weight, missing)
+    missing: np.ndarray | None = None
 
     def of_expert(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of an expert's tokens, and the router weights that it has there."""
@@ -84,7 +77,19 @@ def _calibrated(
     share = np.square(router) / max(np.square(router).mean(), 1e-30) if len(x) else router
     hidden = hidden_values(weights, bias, x, kind) if len(x) else np.zeros((0, weights[-1].shape[1]), np.float32)
     h_in = blend(_weighted_moment(x, hidden, share, weights[-1]), len(x), moment, len(tokens.x))
-    return ExpertInputs(weights, h_in, _hidden_moment(weights, bias, hidden, share, tokens, kind), bias)
+    h_mid = _hidden_moment(weights, bias, hidden.T @ (hidden * share[:, None]), len(x), tokens, kind)
+    if tokens.missing is None or not len(x):
+        return ExpertInputs(weights, h_in, h_mid, bias)
+    missing = share_of_missing(tokens.missing, tokens.chosen, tokens.weight, expert)
+
+    def down_inputs(rounded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Down as it makes up for the rounding of gate and up, and for what earlier layers lost."""
+        now = [*rounded, weights[-1]]
+        down, own = corrected_down(weights[-1], hidden, hidden_values(now, bias, x, kind), missing, router)
+        own /= np.float32(max(np.square(router).mean(), 1e-30))
+        return down, _hidden_moment(now, bias, own, len(x), tokens, kind)
+
+    return ExpertInputs(weights, h_in, h_mid, bias, down_inputs)
 
 
 def _weighted_moment(x: np.ndarray, hidden: np.ndarray, share: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -112,15 +117,15 @@ def hidden_values(
 def _hidden_moment(
     weights: list[np.ndarray],
     bias: list[np.ndarray] | None,
-    hidden: np.ndarray,
-    share: np.ndarray,
+    own: np.ndarray,
+    count: int,
     tokens: LayerTokens,
     kind: ExpertKind,
 ) -> np.ndarray:
-    own = hidden.T @ (hidden * share[:, None])
-    if len(hidden) >= STARVED * hidden.shape[1]:
-        return blend(own, len(hidden))
+    """Second moment of down's inputs, float32 (w, w), from the sum over the expert's own `count` tokens."""
+    if count >= STARVED * len(own):
+        return blend(own, count)
     # what the expert would compute for tokens that went elsewhere is the best guess at what it has not seen
     others = tokens.x[:: max(1, len(tokens.x) // PRIOR_TOKENS)]
     prior = hidden_values(weights, bias, others, kind)
-    return blend(own, len(hidden), prior.T @ prior, len(others))
+    return blend(own, count, prior.T @ prior, len(others))

@@ -5,6 +5,7 @@ compressed so far make of it. Each layer is finished (its experts' file, its oth
 before the next one is read, so that one layer is in memory at a time and a stopped conversion goes on where it was.
 """
 
+import contextlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from tiny_qmoe_mlx.layer_conversion import BEFORE_LAYERS, Job, Progress, convert
 from tiny_qmoe_mlx.planning import plan_layers
 from tiny_qmoe_mlx.settings import Settings
 from tiny_qmoe_mlx.shipped import dequantize_rest
-from tiny_qmoe_mlx.spec import ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
 
@@ -63,6 +64,11 @@ def convert(
     """
     settings.check()
     require_compiler()
+    if stream_shards and (settings.layer_rates or settings.calibration == "self"):
+        raise ValueError(
+            "[convert] with stream_shards every shard should be read once; set layer_rates to False (--equal-layers) "
+            "and take another calibration than self."
+        )
     mlx_path = Path(mlx_path)
     uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
     if uploader and is_whole(mlx_path, str(hf_path)) and not overwrite:
@@ -85,7 +91,8 @@ def convert(
             report.write_report(directory, located.directory, {"layers": job.facts}, asdict(settings), mlx_path.name)
             write_manifest(directory)
             if uploader:
-                uploader.wait()
+                with contextlib.suppress(hub.HubError):  # `finish` sends what is missing, or says why it cannot
+                    uploader.wait()
             if shards:
                 shutil.rmtree(located.directory, ignore_errors=True)
         except OSError as error:
@@ -141,7 +148,7 @@ def _job(
     dequantize_rest(model)
     tokenizer = checkpoint.open_tokenizer(located.directory, config)
     tokens = calibration_tokens(
-        settings.calibration,
+        settings.calibration if settings.codec != AFFINE else "none",
         tokenizer,
         located.directory,
         settings.sequences,
@@ -149,7 +156,7 @@ def _job(
         settings.seed,
         progress,
     )
-    spec = _plan(model, layers, settings, name, located, tokens, directory, progress)
+    spec = _plan(layers, settings, name, located, tokens, directory, progress)
     kept = rest.routers(model, layers)
     job = Job(model, settings, spec, directory, progress, {f.layer: f for f in layers}, kept)
     job.experts = {f.layer: layerwise.Experts() for f in layers}
@@ -161,7 +168,6 @@ def _job(
 
 
 def _plan(
-    model: nn.Module,
     layers: list[checkpoint.ExpertLayer],
     settings: Settings,
     name: str,
@@ -175,7 +181,7 @@ def _plan(
     asked = {"settings": asdict(settings), "source": hub.fingerprint(located), "calibration": text}
 
     def make() -> dict:
-        return plan_layers(model, layers, settings, (name, located.revision), tokens, progress).to_dict()
+        return plan_layers(layers, settings, located, name, tokens, progress).to_dict()
 
     return ModelSpec.from_dict(unfinished.agree(directory, asked, make))
 

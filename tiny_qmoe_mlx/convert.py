@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
         "--codec",
         choices=["trellis", "affine"],
         default="trellis",
-        help="how experts are coded (default trellis); affine keeps the codes of a quantized checkpoint bit for bit",
+        help="how experts are coded (default trellis); affine keeps the codes of a quantized checkpoint bit for bit "
+        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8",
     )
     p.add_argument(
         "--calibration",

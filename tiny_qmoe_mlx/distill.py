@@ -150,7 +150,12 @@ def distill(
     """
     factors = Factors(model, names)
     learn = np.arange(len(tokens) - held_out)
-    gradient_of = mx.grad(lambda t, i: (factors.put(t), _surrogate(model, tokens[i], teacher, i))[1])
+
+    def surrogate(t: dict[str, mx.array], i: int) -> mx.array:
+        factors.put(t)
+        return _surrogate(model, tokens[i], teacher, i)
+
+    gradient_of = mx.grad(surrogate)
     before = held_out_loss(model, tokens, teacher, held_out)
     best, best_step, history, worse, done = (before, dict(factors.t)), 0, [(0, before)], 0, 0
     for picks in _batches(learn, schedule):

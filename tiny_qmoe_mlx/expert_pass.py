@@ -47,16 +47,17 @@ def groups(found: checkpoint.ExpertLayer) -> list[range]:
     return [range(i, min(i + step, count)) for i in range(0, count, step)]
 
 
-def original_outputs(found: checkpoint.ExpertLayer, kind: ExpertKind, routed: Routed) -> np.ndarray:
-    """What the original experts give for a stream's tokens (`Sums.values`)."""
-    sums = Sums(routed, kind.matrices[-1][1])
+def original_outputs(found: checkpoint.ExpertLayer, kind: ExpertKind, streams: list[Routed]) -> list[np.ndarray]:
+    """What the original experts give for the tokens of some streams (`Sums.values`); weights are read once for all."""
+    sums = [Sums(routed, kind.matrices[-1][1]) for routed in streams]
     for group in groups(found):
         weights, biases = checkpoint.expert_weights(found, group)
         for e in group:
             mine = [w[e - group.start] for w in weights]
             bias = [b[e - group.start] for b in biases] if biases else None
-            sums.add(e, partial(_original, mine, bias, kind))
-    return sums.values
+            for stream in sums:
+                stream.add(e, partial(_original, mine, bias, kind))
+    return [stream.values for stream in sums]
 
 
 def _original(weights: list[np.ndarray], bias: list[np.ndarray] | None, kind: ExpertKind, x: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.distill import Progress, Schedule, Teacher, distill, held_out_loss, teach
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.expert_store import ExpertStore
-from tiny_qmoe_mlx.finetune_model import Decoded, GainedExperts, in_stored_order
+from tiny_qmoe_mlx.finetune_model import Decoded, GainedExperts, decoded, in_stored_order
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.rest import write_shard
 
@@ -265,8 +265,9 @@ def _record(opened: Container, store: ExpertStore, layer: int, expert: int) -> t
 
 
 def _decoded(opened: Container, store: ExpertStore, layer: int, expert: int) -> list[Decoded]:
-    _, record = _record(opened, store, layer, expert)
-    return [Decoded.of(m, record.length) for m in record.matrices]
+    spec = opened.spec.layers[layer]
+    data, _ = _record(opened, store, layer, expert)
+    return decoded(data, spec.shapes, spec.bias, f"{spec.file}, expert {expert}")
 
 
 def trainable(model: nn.Module, opened: Container) -> dict[str, str | None]:

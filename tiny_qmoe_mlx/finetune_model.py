@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.codecs.trellis import TILE_COLUMNS
 from tiny_qmoe_mlx.expert_kind import ExpertKind
@@ -28,14 +29,26 @@ class Decoded:
     block_gain: np.ndarray
     bias: np.ndarray | None
 
-    @staticmethod
-    def of(matrix: trellis.Matrix, length: int) -> "Decoded":
-        """Out of a record."""
-        ones = np.ones_like(matrix.block_gain)
-        bare = trellis.Matrix(matrix.rows, matrix.columns, matrix.rates, matrix.order, ones, None, None, matrix.payload)
-        values = trellis.decode_matrix(bare, length)[: matrix.rows]
-        row, bias = (None if a is None else a[: matrix.rows].astype(np.float32) for a in (matrix.row_gain, matrix.bias))
-        return Decoded(values, row, in_model_order(matrix.block_gain, matrix.order).astype(np.float32), bias)
+
+def decoded(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: str) -> list[Decoded]:
+    """The matrices of an expert, out of its record's bytes, checked (read only; a copy is worked on).
+
+    Raises:
+        FormatError: the record is not what the shapes ask for.
+    """
+    data = data.copy()
+    record = trellis.parse(data, shapes, bias, where)
+    out = []
+    for i, m in enumerate(record.matrices):
+        row, biases = (None if a is None else a[: m.rows].astype(np.float32) for a in (m.row_gain, m.bias))
+        block = in_model_order(m.block_gain, m.order).astype(np.float32)
+        m.block_gain[:] = 1
+        if m.row_gain is not None:
+            m.row_gain[:] = 1
+        native_rows = native.dequantize(data, i, 0, m.rows) if native.available() else None
+        values = trellis.decode_matrix(m, record.length)[: m.rows] if native_rows is None else native_rows
+        out.append(Decoded(values, row, block, biases))
+    return out
 
 
 def in_model_order(block_gain: np.ndarray, order: np.ndarray) -> np.ndarray:

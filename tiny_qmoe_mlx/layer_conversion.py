@@ -2,6 +2,7 @@
 then the compressed stream through what was written.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,16 @@ import mlx.nn as nn
 import numpy as np
 
 from tiny_qmoe_mlx import checkpoint, layerwise, rest, unfinished
+from tiny_qmoe_mlx.affine_convert import affine_records
 from tiny_qmoe_mlx.calibrate import LayerTokens
 from tiny_qmoe_mlx.container import write_experts_file
-from tiny_qmoe_mlx.expert_kind import expert_kind
-from tiny_qmoe_mlx.expert_pass import Sums, compressed_records, original_outputs, summed
+from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
+from tiny_qmoe_mlx.expert_pass import Sums, compressed_records, groups, original_outputs, summed
+from tiny_qmoe_mlx.hub import HubError
 from tiny_qmoe_mlx.hub_shards import SourceShards
 from tiny_qmoe_mlx.hub_upload import Uploader
-from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.settings import Settings
-from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, LayerSpec, ModelSpec
 from tiny_qmoe_mlx.staging import check_space
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -61,9 +63,13 @@ class Job:
         self.send(*files)
 
     def send(self, *files: Path) -> None:
-        """Upload finished files in the background; nothing where no upload was asked for."""
-        if self.uploader:
-            for file in files:
+        """Upload finished files in the background; nothing where no upload was asked for. What cannot be sent now is
+        sent, or refused, when the model is whole.
+        """
+        if self.uploader is None:
+            return
+        for file in files:
+            with contextlib.suppress(HubError):
                 self.uploader.push(file)
 
     @property
@@ -84,85 +90,91 @@ def convert_layer(job: Job, index: int, path: str, layer: nn.Module, call: layer
     """
     job.fetch(index)
     found, spec = job.found.pop(index, None), next((s for s in job.spec.layers if s.layer == index), None)
-    original = layer.parameters()
     for name, array in rest.weights(layer).items():
         checkpoint.require_finite(f"{path}.{name}", array)
-    reference = _reference(job, layer, call, found, spec) if call else None
-    layer.update(original)
-    rest.quantize(job.model, path, layer, job.settings.rest_bits, job.kept)
-    written = rest.weights(layer)
     if found is None or spec is None:
-        compressed = _forward(layer, call, job.streams["compressed"]) if call else None
+        written, streams = _without_experts(job, path, layer, call)
     else:
         check_space(job.directory, spec.data_bytes)
-        compressed = _compress(job, layer, call, found, spec, reference)
+        turn = _Turn(job, layer, path, call, found, spec, expert_kind(spec, job.spec, found.module.activation))
+        written, streams = _uncalibrated(turn) if call is None else _calibrated(turn)
     shard = job.directory / rest.shard_name(index)
     rest.write_shard(shard, {f"{path}.{name}": array for name, array in written.items()})
-    if reference is not None and compressed is not None:
-        job.facts.append({"layer": index, "experts": spec is not None, **_drift(reference.output, compressed)})
-        job.streams = {"reference": reference.output, "compressed": compressed}
+    if streams:
+        drift = _drift(streams["reference"], streams["compressed"])
+        job.facts.append({"layer": index, "experts": spec is not None, "relative_error": drift})
     rest.forget(layer)
+    job.streams = streams
     job.save(index, shard, *([job.directory / spec.file] if spec else []))
 
 
+Finished = tuple[dict[str, mx.array], dict[str, np.ndarray]]  # a layer's weights as they are written, and the streams
+
+
+def _without_experts(job: Job, path: str, layer: nn.Module, call: layerwise.Call | None) -> Finished:
+    original, streams = layer.parameters(), {}
+    if call:
+        layerwise.as_float32(layer)
+        streams["reference"] = layerwise.run(call, job.streams["reference"])
+        layer.update(original)
+    rest.quantize(job.model, path, layer, job.settings.rest_bits, job.kept)
+    written = rest.weights(layer)
+    if call:
+        layerwise.as_float32(layer)
+        streams["compressed"] = layerwise.run(call, job.streams["compressed"])
+    return written, streams
+
+
 @dataclass
-class _Reference:
-    """The reference stream after a layer, float32 (sequences, length, d), and without the layer's experts."""
+class _Turn:
+    """A decoder layer with experts, and all that its turn needs."""
 
-    output: np.ndarray
-    base: np.ndarray | None
+    job: Job
+    layer: nn.Module
+    path: str
+    call: layerwise.Call | None
+    found: checkpoint.ExpertLayer
+    spec: LayerSpec
+    kind: ExpertKind
 
+    def write(self, records: Iterable[np.ndarray]) -> None:
+        write_experts_file(self.job.directory, self.spec, self.job.spec.alignment, _counted(self.job, records))
 
-def _as_float32(layer: nn.Module) -> None:
-    if mx.default_device() == mx.cpu:
-        layer.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
-    use_cpu_kernels(layer)
-
-
-def _forward(layer: nn.Module, call: layerwise.Call, stream: np.ndarray) -> np.ndarray:
-    _as_float32(layer)
-    return layerwise.run(call, stream)
-
-
-def _reference(
-    job: Job,
-    layer: nn.Module,
-    call: layerwise.Call,
-    found: checkpoint.ExpertLayer | None,
-    spec: LayerSpec | None,
-) -> _Reference:
-    stream = job.streams["reference"]
-    if found is None or spec is None:
-        return _Reference(_forward(layer, call, stream), None)
-    _as_float32(layer)
-    kind = expert_kind(spec, job.spec, found.module.activation)
-    routed = layerwise.route(call, job.experts[found.layer], stream, kind.matrices[-1][1])
-    outputs = original_outputs(found, kind, routed)
-    return _Reference(layerwise.finish(call, job.experts[found.layer], stream, routed, outputs), routed.base)
+    def quantize_rest(self) -> dict[str, mx.array]:
+        rest.quantize(self.job.model, self.path, self.layer, self.job.settings.rest_bits, self.job.kept)
+        return rest.weights(self.layer)
 
 
-def _compress(
-    job: Job,
-    layer: nn.Module,
-    call: layerwise.Call | None,
-    found: checkpoint.ExpertLayer,
-    spec: LayerSpec,
-    reference: _Reference | None,
-) -> np.ndarray | None:
-    """Write a layer's experts, and carry the compressed stream through them."""
-    kind = expert_kind(spec, job.spec, found.module.activation)
-    if call is None or reference is None:
-        records = compressed_records(found, spec, kind, None)
-        write_experts_file(job.directory, spec, job.spec.alignment, _counted(job, records))
-        return None
-    stream = job.streams["compressed"]
-    _as_float32(layer)
-    routed = layerwise.route(call, job.experts[found.layer], stream, kind.matrices[-1][1])
-    tokens = LayerTokens.of(routed, reference.base if job.settings.drift else None)
-    sums = Sums(routed, kind.matrices[-1][1])
-    records = summed(compressed_records(found, spec, kind, tokens), kind, sums)
-    write_experts_file(job.directory, spec, job.spec.alignment, _counted(job, records))
-    return layerwise.finish(call, job.experts[found.layer], stream, routed, sums.values)
+def _uncalibrated(turn: _Turn) -> Finished:
+    if turn.job.spec.codec == AFFINE:
+        turn.write(record for group in groups(turn.found) for record in affine_records(turn.found, group, turn.spec))
+    else:
+        turn.write(compressed_records(turn.found, turn.spec, turn.kind, None))
+    return turn.quantize_rest(), {}
+
+
+def _calibrated(turn: _Turn) -> Finished:
+    """Both streams up to the experts, the original experts over both, the records, both streams on."""
+    job, experts, width = turn.job, turn.job.experts[turn.found.layer], turn.kind.matrices[-1][1]
+    assert turn.call is not None
+    streams, original = job.streams, turn.layer.parameters()
+    layerwise.as_float32(turn.layer)
+    reference = layerwise.route(turn.call, experts, streams["reference"], width)
+    turn.layer.update(original)
+    written = turn.quantize_rest()
+    layerwise.as_float32(turn.layer)
+    compressed = layerwise.route(turn.call, experts, streams["compressed"], width)
+
+    outputs, if_original = original_outputs(turn.found, turn.kind, [reference, compressed])
+    after = layerwise.finish(turn.call, experts, streams["reference"], reference, outputs)
+    tokens = LayerTokens(compressed.x, compressed.chosen, compressed.weight)
+    if job.settings.drift and reference.linear and compressed.linear:
+        tokens.missing = after.reshape(len(tokens.x), -1) - compressed.base - if_original
+    del if_original, outputs
+    sums = Sums(compressed, width)
+    turn.write(summed(compressed_records(turn.found, turn.spec, turn.kind, tokens), turn.kind, sums))
+    carried = layerwise.finish(turn.call, experts, streams["compressed"], compressed, sums.values)
+    return written, {"reference": after, "compressed": carried}
 
 
 def _counted(job: Job, records: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -172,7 +184,7 @@ def _counted(job: Job, records: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         job.progress("quantizing experts", done + number, total)
 
 
-def _drift(reference: np.ndarray, compressed: np.ndarray) -> dict[str, float]:
+def _drift(reference: np.ndarray, compressed: np.ndarray) -> float:
     """How far the compressed stream has drifted: the median token's relative squared error."""
     error = np.square(compressed - reference).sum(-1)
-    return {"relative_error": float(np.median(error / np.maximum(np.square(reference).sum(-1), 1e-30)))}
+    return float(np.median(error / np.maximum(np.square(reference).sum(-1), 1e-30)))

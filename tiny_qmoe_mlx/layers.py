@@ -1,6 +1,6 @@
 """The layers that stand in a model for mlx-lm's own: experts computed from records, and dense layers fit for a CPU.
 
-`RecordExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The
+`TrellisExperts` replaces SwitchGLU or SwitchMLP and returns what they return: one row per (token, chosen expert). The
 router, its weights and the sum over experts stay with the model's own block.
 """
 
@@ -38,7 +38,7 @@ class Memory:
             self.cache.release(layer, experts)
 
 
-class RecordExperts(nn.Module):
+class TrellisExperts(nn.Module):
     """A layer of routed experts that lives in an ExpertCache; it has no parameters of its own."""
 
     def __init__(self, index: int, kind: ExpertKind):
@@ -145,9 +145,6 @@ class RecordExperts(nn.Module):
             parts.append(y)
         y = mx.concatenate(parts)[mx.array(np.argsort(order).astype(np.int32))]
         return y.reshape(*indices.shape, -1)
-
-
-TrellisExperts = RecordExperts
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):

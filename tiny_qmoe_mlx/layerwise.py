@@ -14,6 +14,7 @@ import numpy as np
 
 from tiny_qmoe_mlx.checkpoint import named_modules
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.layers import use_cpu_kernels
 
 TOKENS_AT_ONCE = 1024  # of a layer's call: what bounds its activations
 Call = Callable[[np.ndarray], mx.array]  # a decoder layer on a stream (sequences, length, d) float32
@@ -40,24 +41,31 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(paths[id(layer)], layer) for layer in layers]
 
 
-def run_layers(model: nn.Module, tokens: np.ndarray, visit: Visit) -> None:
-    """Embed tokens, then hand every decoder layer's call to `visit`; nothing after the last layer is computed.
+def run_layers(model: nn.Module, tokens: np.ndarray, visit: Visit, to_logits: bool = False) -> mx.array | None:
+    """Embed tokens, then hand every decoder layer's call to `visit`; nothing after the last layer is computed unless
+    asked for.
 
     Args:
         tokens: int32 (sequences, length).
         visit: called with (index, layer, call, x); x is what the layer would receive, and what it returns is what the
             next layer receives. `call` runs the layer itself on any stream of that length.
+        to_logits: go on to the model's output.
+
+    Returns:
+        Logits (sequences, length, vocabulary) if asked for, lazily.
 
     Raises:
         FormatError: the tokens do not pass every layer.
     """
     layers = [layer for _, layer in decoder_layers(model)]
     visited: list[int] = []
+    logits = None
+    last = -1 if to_logits else len(layers) - 1
     kinds = [type(layer) for layer in layers]
     for index, layer in enumerate(layers):
-        layer.__class__ = _watched(index, kinds[index], visit, visited, len(layers))
+        layer.__class__ = _watched(index, kinds[index], visit, visited, last)
     try:
-        model(mx.array(tokens))
+        logits = model(mx.array(tokens))
     except _Passed:
         pass
     finally:
@@ -68,9 +76,10 @@ def run_layers(model: nn.Module, tokens: np.ndarray, visit: Visit) -> None:
             f"[convert] the tokens should pass layers 0 to {len(layers) - 1} in order, they passed {visited}; this "
             "model type is not supported yet, only --calibration none can convert it."
         )
+    return logits
 
 
-def _watched(index: int, kind: type, visit: Visit, visited: list[int], count: int) -> type:
+def _watched(index: int, kind: type, visit: Visit, visited: list[int], last: int) -> type:
     """The layer's class with a call that goes through `visit`; attributes that the model asks for stay."""
 
     def call(self: nn.Module, x: mx.array, *args: object, **kwargs: object) -> mx.array:
@@ -79,11 +88,18 @@ def _watched(index: int, kind: type, visit: Visit, visited: list[int], count: in
 
         y = visit(index, self, own, x)
         visited.append(index)
-        if index == count - 1:
+        if index == last:
             raise _Passed
         return y
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def as_float32(module: nn.Module) -> None:
+    """Make a layer fit for MLX's CPU backend, which is slow or incomplete in half precision; in place."""
+    if mx.default_device() == mx.cpu:
+        module.set_dtype(mx.float32)
+    use_cpu_kernels(module)
 
 
 class Experts(nn.Module):

@@ -18,6 +18,7 @@ import xxhash
 from tiny_qmoe_mlx import __version__, card, plots
 from tiny_qmoe_mlx.container import FORMAT_VERSION, MANIFEST, SELF, Container, file_hash, read_config, read_manifest
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.spec import AFFINE
 from tiny_qmoe_mlx.staging import atomic_file, write_json
 
 QUALITY, RATES, LAYERS = "quality.json", "rates.png", "kl.png"
@@ -143,7 +144,8 @@ def _draw(directory: Path, quality: dict[str, Any]) -> list[str]:
     if not plots.available():
         return [plots.MISSING]
     container = _unfinished(directory)
-    plots.draw_rates(plots.layer_rates(container), container.spec.bits, directory / RATES)
+    if container.spec.codec != AFFINE:  # whose matrices all have one rate
+        plots.draw_rates(plots.layer_rates(container), container.spec.bits, directory / RATES)
     plots.draw_layers(quality.get("layers") or [], directory / LAYERS)
     return []
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from tiny_qmoe_mlx.codecs import trellis
+from tiny_qmoe_mlx.spec import AFFINE, CODECS
 
 MIN_BITS, MAX_BITS = 0.5, 4.0
 REST_BITS = (4, 6, 8, 16)
-CODECS = ("trellis", "affine")
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Settings:
         Raises:
             ValueError: names the setting.
         """
-        if not MIN_BITS <= self.bits <= MAX_BITS:
+        if self.codec not in CODECS:
+            raise ValueError(f"[convert] the codec should be one of {CODECS}, received {self.codec}.")
+        if self.codec == AFFINE and self.bits not in AFFINE_BITS:
+            raise ValueError(f"[convert] bits of codec affine should be one of {AFFINE_BITS}, received {self.bits}.")
+        if self.codec != AFFINE and not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"[convert] bits should lie in {MIN_BITS} to {MAX_BITS}, received {self.bits}.")
         if self.rest_bits not in REST_BITS:
             raise ValueError(f"[convert] rest bits should be 4, 6, 8 or 16, received {self.rest_bits}.")
-        if self.codec not in CODECS:
-            raise ValueError(f"[convert] the codec should be one of {CODECS}, received {self.codec}.")
         if self.length not in trellis.LENGTHS:
             raise ValueError(
                 f"[convert] the trellis length should be one of {trellis.LENGTHS}, received {self.length}."

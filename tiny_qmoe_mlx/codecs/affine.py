@@ -200,8 +200,7 @@ def _check_values(matrix: Matrix, where: str) -> None:
     """Refuse scales and biases that would make a weight Inf or NaN, and 8-bit floats that are NaN."""
     own, arrays = matrix.packing, matrix.arrays
     with np.errstate(all="ignore"):
-        scale = floats(arrays["scales"], own.scales) if own.mode == "affine" else _scales(arrays["scales"], own.mode)
-        reach = np.abs(scale) * np.float32(LARGEST.get(own.mode, 2**own.bits - 1))
+        reach = np.abs(scales(arrays["scales"], own)) * np.float32(LARGEST.get(own.mode, 2**own.bits - 1))
         if own.mode == "affine":
             reach += np.abs(floats(arrays["biases"], own.scales))
     fine = bool(np.isfinite(reach).all())
@@ -235,18 +234,25 @@ def codes(weight: np.ndarray, bits: int) -> np.ndarray:
 def decode_matrix(matrix: Matrix) -> np.ndarray:
     """A matrix's weights, float32 (rows, columns)."""
     own, arrays = matrix.packing, matrix.arrays
-    value = codes(arrays["weight"], own.bits)
+    value = numbers(codes(arrays["weight"], own.bits), own.mode)
+    value = value * np.repeat(scales(arrays["scales"], own), own.group_size, 1)
     if own.mode == "affine":
-        scale, bias = (np.repeat(floats(arrays[n], own.scales), own.group_size, 1) for n in ("scales", "biases"))
-        return value * scale + bias
-    scale = _scales(arrays["scales"], own.mode)
-    numbers = _e4m3(value) if own.mode == "mxfp8" else np.where(value & 8, -FP4[value & 7], FP4[value & 7])
-    return numbers * np.repeat(scale, own.group_size, 1)
+        value += np.repeat(floats(arrays["biases"], own.scales), own.group_size, 1)
+    return value
 
 
-def _scales(code: np.ndarray, mode: str) -> np.ndarray:
-    """nvfp4 has 8-bit floats, the others e8m0: 2^(e - 127)."""
-    return _e4m3(code) if mode == "nvfp4" else np.ldexp(np.float32(1), code.astype(np.int32) - 127)
+def numbers(code: np.ndarray, mode: str) -> np.ndarray:
+    """What codes stand for before their scale, float32."""
+    if mode == "affine":
+        return code.astype(np.float32)
+    return _e4m3(code) if mode == "mxfp8" else np.where(code & 8, -FP4[code & 7], FP4[code & 7])
+
+
+def scales(array: np.ndarray, packing: Packing) -> np.ndarray:
+    """float32 of a matrix's scales; nvfp4 has 8-bit floats, mxfp4 and mxfp8 have e8m0: 2^(e - 127)."""
+    if packing.mode == "affine":
+        return floats(array, packing.scales)
+    return _e4m3(array) if packing.mode == "nvfp4" else np.ldexp(np.float32(1), array.astype(np.int32) - 127)
 
 
 def _e4m3(code: np.ndarray) -> np.ndarray:
