@@ -1,4 +1,4 @@
-"""A conversion that was stopped, killed, or ran out of disk goes on where it was, with the bytes it would have written."""
+"""A conversion that was stopped, killed, or ran out of disk goes on where it was, with the same bytes in the end."""
 
 import json
 import os
