@@ -1,4 +1,6 @@
-"""What others do to the same weights: quantizers that bench_quality.py puts beside ours, every byte counted.
+"""What others do to the same weights: the rows beside bench_quality.py's, same text, same scores, every byte counted.
+
+    python benchmarks/rivals.py [--model smollm2|gemma] [--ggml PATH] [--quick] [--json] ["gptq 3" "awq 3" ...]
 
 `METHODS` maps "method asked" to a function (model, calibration tokens) -> (per layer gate, up and down as float32, bits
 per weight). Only the feed-forward weights are rounded. Here: GPTQ on MLX's affine grid and QMoE's ternary, layer by
@@ -6,15 +8,23 @@ layer through the layers rounded so far, as `convert` goes. rivals_llama_cpp.py:
 rivals_mlx_lm.py: mlx-lm's AWQ and DWQ. A method whose package is not installed raises ModuleNotFoundError, a sentence.
 """
 
+import argparse
 import heapq
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
+import dense_gemma
+import dense_llama
 import numpy as np
 import rivals_llama_cpp
 import rivals_mlx_lm
+from bench_quality import CALIBRATION, Scorer, passages, report
 from dense_llama import Dense, Matrices
+
+from tiny_qmoe_mlx import blas
 
 GROUP_SIZE = 64
 GPTQ_DAMPING = 0.01  # of the mean of diag(H), as published
@@ -228,3 +238,50 @@ METHODS: dict[str, Method] = {
     **{f"llama.cpp {name}": partial(rivals_llama_cpp.file_type, name=name) for name in rivals_llama_cpp.FILES},
     **{f"llama.cpp-joined {name}": partial(rivals_llama_cpp.joined, name=name) for name in rivals_llama_cpp.JOINED},
 }
+
+
+LOADERS = {"smollm2": dense_llama.load, "gemma": dense_gemma.load}
+
+
+def rows(model: Dense, names: list[str], quick: bool) -> list[dict]:
+    """A row per method; where a method's package is not installed, one sentence instead."""
+    sample = passages(model, *((4, 1) if quick else (CALIBRATION, 8)))
+    score, out = Scorer(model, sample), []
+    for name in names:
+        start = time.perf_counter()
+        try:
+            weights, bits = METHODS[name](model, sample.calibration)
+        except ModuleNotFoundError as error:
+            print(f"{name}: {error}")
+            continue
+        seconds = time.perf_counter() - start
+        method, asked = name.split()
+        row = {"method": method, "asked": float(asked) if asked[0].isdigit() else asked, "bits": bits}
+        out.append(report({**row, **score(weights), "seconds": seconds}))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help=f"of: {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--model", default="smollm2", choices=LOADERS, help="the dense model (default: smollm2)")
+    parser.add_argument("--ggml", help="a libggml-base for llama.cpp's rows, where llama-cpp-python is not installed")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    unknown = [name for name in args.methods if name not in METHODS]
+    if unknown:
+        parser.error(f"methods should be of {', '.join(METHODS)}; received {unknown[0]!r}")
+    try:
+        rivals_llama_cpp.use(args.ggml)
+    except OSError as error:
+        parser.error(f"--ggml should be the path of a libggml-base, received {args.ggml!r}: {error}")
+    blas.install()
+    with blas.shared_machine():
+        found = rows(LOADERS[args.model](), args.methods or list(METHODS), args.quick)
+    if args.json:
+        print(json.dumps({"rivals": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -66,9 +66,14 @@ _chosen: list[str] = []
 
 
 def use(path: str | None) -> None:
-    """Take the library from this path instead of the installed package."""
+    """Take the library from this path instead of the installed package.
+
+    Raises:
+        OSError: the file cannot be loaded.
+    """
     _chosen[:] = [path] if path else []
-    library(path)
+    if path:
+        library(path)
 
 
 def round_matrix(w: np.ndarray, name: str, importance: np.ndarray) -> tuple[np.ndarray, int]:

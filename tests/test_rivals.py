@@ -201,6 +201,19 @@ def test_without_llama_cpp_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch)
         rivals_llama_cpp.library()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["gptq 9"], "received 'gptq 9'"), (["--ggml", "/nowhere"], "--ggml should be the path of a libggml-base")],
+)
+def test_bad_options_give_one_sentence(
+    arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *arguments])
+    with pytest.raises(SystemExit):
+        rivals.main()
+    assert expected in capsys.readouterr().err
+
+
 def test_methods_are_named_method_and_asked() -> None:
     assert {"gptq 2", "qmoe 1.5", "awq 3", "dwq 3", "llama.cpp IQ2_XXS", "llama.cpp-joined Q3_K"} <= set(rivals.METHODS)
     assert all(len(name.split()) == 2 for name in rivals.METHODS)

@@ -221,7 +221,7 @@ def _made(container: Container, made: dict[str, Any]) -> str:
     revision = spec.source.get("revision")
     rows = {
         "original": original_name(spec.source["model"]) + (f" at revision {revision}" if revision else ""),
-        "codec": f"{spec.codec}, L {spec.length}",
+        "codec": f"{spec.codec}, L {spec.length}" if spec.length else spec.codec,
         "calibration": f"{words['source']}, {words['tokens']} tokens",
         "rotation seed": spec.seed,
         **{key.replace("_", " "): value for key, value in made.items() if key not in TOLD},

@@ -8,7 +8,6 @@ here but the experts that are asked for, a few at a time (source.py).
 import copy
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,10 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tiny_qmoe_mlx import shipped
+from tiny_qmoe_mlx import hub, shipped
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.source import Source
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.jsonl"]
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
 
 
@@ -48,48 +45,10 @@ class ExpertLayer:
 def find_directory(model: str, revision: str | None = None, quiet: bool = False) -> Path:
     """The directory of a model: itself, or the hub's snapshot of a repository id (only the files that are used).
 
-    The hub's progress bars show on a terminal only, and not with `quiet`.
-
     Raises:
         FormatError: neither a directory nor a repository that can be had.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FormatError(
-            f"[model] {model} should be a directory, it is a file; name the directory that holds config.json."
-        )
-    if not HUB_ID.fullmatch(model):
-        raise FormatError(
-            f"[model] {model} should be a directory with config.json, or a hub id such as org/name; no such directory."
-        )
-    return _download(model, revision, quiet or not sys.stderr or not sys.stderr.isatty())
-
-
-def _download(model: str, revision: str | None, quiet: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    silenced = quiet and not are_progress_bars_disabled()
-    try:
-        if silenced:
-            disable_progress_bars()
-        return Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
-    except errors.GatedRepoError as error:
-        raise FormatError(
-            f"[model] {model} needs a login and accepted terms on the hub; log in with `hf auth login`."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise FormatError(
-            f"[model] {model} (revision {revision or 'main'}) is no directory here and not on the hub."
-        ) from error
-    except Exception as error:  # the hub's own, the disk's, and those of the HTTP library, of which it has had several
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"[model] {model} is no directory here, and the hub could not be asked: {reason}") from error
-    finally:
-        if silenced:
-            enable_progress_bars()
+    return hub.locate(model, revision, quiet).directory
 
 
 def read_config(directory: Path) -> dict:

@@ -214,20 +214,15 @@ def _write_top(job: Job, layers: list[tuple[str, nn.Module]], tokens: np.ndarray
     """
     job.fetch(None)
     inside = tuple(f"{path}." for path, _ in layers)
-    for name, array in _outside(job.model, inside).items():
-        checkpoint.require_finite(name, array)
+    rest.require_finite(rest.outside(job.model, inside))
     if tokens is not None:
         job.streams["reference"] = _embedded(job.model, tokens)
     within = {path for path, _ in checkpoint.named_modules(job.model) if path.startswith(inside)}
     rest.quantize(job.model, "", job.model, job.settings.rest_bits, job.kept | within)
-    rest.write_shard(job.directory / rest.TOP, _outside(job.model, inside))
+    rest.write_shard(job.directory / rest.TOP, rest.outside(job.model, inside))
     if tokens is not None:
         job.streams["compressed"] = _embedded(job.model, tokens)
     job.save(BEFORE_LAYERS, job.directory / rest.TOP)
-
-
-def _outside(model: nn.Module, layers: tuple[str, ...]) -> dict[str, mx.array]:
-    return {name: array for name, array in rest.weights(model).items() if not name.startswith(layers)}
 
 
 def _embedded(model: nn.Module, tokens: np.ndarray) -> np.ndarray:

@@ -149,35 +149,38 @@ def distill(
         progress: called with (what, done, total).
     """
     factors = Factors(model, names)
-    learn = np.arange(len(tokens) - held_out)
-
-    def surrogate(t: dict[str, mx.array], i: int) -> mx.array:
-        factors.put(t)
-        return _surrogate(model, tokens[i], teacher, i)
-
-    gradient_of = mx.grad(surrogate)
-    before = held_out_loss(model, tokens, teacher, held_out)
-    best, best_step, history, worse, done = (before, dict(factors.t)), 0, [(0, before)], 0, 0
-    for picks in _batches(learn, schedule):
-        total: dict[str, mx.array] = {}
-        for i in picks:
-            gradient = gradient_of(factors.t, int(i))
-            total = {name: g / len(picks) + total.get(name, 0.0) for name, g in gradient.items()}
-            mx.eval(total)
-        factors.step(total, schedule.rate_at(done))
+    history = [(0, held_out_loss(model, tokens, teacher, held_out))]
+    best, best_step, done = dict(factors.t), 0, 0
+    for picks in _batches(np.arange(len(tokens) - held_out), schedule):
+        factors.step(_gradient(factors, tokens, teacher, picks), schedule.rate_at(done))
         done += 1
         progress("training gains", done, schedule.steps)
         if done % schedule.every == 0 or done == schedule.steps:
             factors.put(factors.t)
             history.append((done, held_out_loss(model, tokens, teacher, held_out)))
-            worse = 0 if history[-1][1] < best[0] else worse + 1
-            if not worse:
-                best, best_step = (history[-1][1], dict(factors.t)), done
-            if worse == schedule.patience:
+            if history[-1][1] < dict(history)[best_step]:
+                best, best_step = dict(factors.t), done
+            if done - best_step >= schedule.patience * schedule.every:
                 break
-    factors.put(best[1])
+    factors.put(best)
     mx.eval(model.parameters())
-    return Found({n: mx.exp(t) for n, t in best[1].items()}, before, best[0], best_step, done, history)
+    kl = dict(history)
+    return Found({n: mx.exp(t) for n, t in best.items()}, kl[0], kl[best_step], best_step, done, history)
+
+
+def _gradient(factors: Factors, tokens: np.ndarray, teacher: Teacher, picks: np.ndarray) -> dict[str, mx.array]:
+    """Of the mean KL of some sequences, which pass one at a time."""
+
+    def surrogate(t: dict[str, mx.array], i: int) -> mx.array:
+        factors.put(t)
+        return _surrogate(factors.model, tokens[i], teacher, i)
+
+    total: dict[str, mx.array] = {}
+    for i in picks:
+        for name, g in mx.grad(surrogate)(factors.t, int(i)).items():
+            total[name] = g / len(picks) + total.get(name, 0.0)
+        mx.eval(total)
+    return total
 
 
 def _batches(learn: np.ndarray, schedule: Schedule) -> list[np.ndarray]:

@@ -90,8 +90,7 @@ def convert_layer(job: Job, index: int, path: str, layer: nn.Module, call: layer
     """
     job.fetch(index)
     found, spec = job.found.pop(index, None), next((s for s in job.spec.layers if s.layer == index), None)
-    for name, array in rest.weights(layer).items():
-        checkpoint.require_finite(f"{path}.{name}", array)
+    rest.require_finite(rest.weights(layer), f"{path}.")
     if found is None or spec is None:
         written, streams = _without_experts(job, path, layer, call)
     else:

@@ -3,9 +3,11 @@
 `python -m tiny_qmoe_mlx.locate demo` prints the directory. Imports nothing heavy, as `terminal` does not.
 """
 
+import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tiny_qmoe_mlx import terminal
@@ -13,7 +15,8 @@ from tiny_qmoe_mlx.staging import MANIFEST
 
 DEMO = "demo"
 DEMO_BITS = 2.0
-CONVERTER = 2  # raise it whenever the same settings give another file: old demo models are then converted anew
+DEMO_SEQUENCES = 32  # of 256 tokens: the demo should be ready soon
+CONVERTER = 3  # raise it whenever the same settings give another file: old demo models are then converted anew
 
 
 def model_directory(name: str, quiet: bool = False) -> Path:
@@ -44,19 +47,20 @@ def demo_directory() -> Path:
 
 
 def build_demo(quiet: bool = False) -> None:
-    """Build the demo's original and convert it; several processes may do so at once."""
+    """Build the demo's original and convert it; of several processes that do so at once one converts, others wait."""
     from tiny_qmoe_mlx import demo
     from tiny_qmoe_mlx.convert import convert
 
+    text, target = str(demo.calibration_text_path()), demo_directory()
     with terminal.Bars(quiet) as bars:
         source = demo.source_directory(progress=lambda done, total: bars("building the demo model", done, total))
-        try:
-            convert(
-                source, demo_directory(), bits=DEMO_BITS, calibration=str(demo.calibration_text_path()), progress=bars
-            )
-        except FileExistsError:
-            if not (demo_directory() / MANIFEST).is_file():
-                raise
+        while not (target / MANIFEST).is_file():
+            try:
+                convert(source, target, bits=DEMO_BITS, calibration=text, sequences=DEMO_SEQUENCES, progress=bars)
+            except OSError as error:
+                if error.errno != errno.EBUSY and not (target / MANIFEST).is_file():
+                    raise
+                time.sleep(1)
 
 
 def _build_in_child(quiet: bool) -> None:

@@ -24,7 +24,7 @@ from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.expert_store import ExpertStore
 from tiny_qmoe_mlx.layers import Memory, TrellisExperts, use_cpu_kernels
-from tiny_qmoe_mlx.spec import ModelSpec
+from tiny_qmoe_mlx.spec import CODEC, ModelSpec
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -160,7 +160,7 @@ def load(
     cpu = mx.default_device() == mx.cpu
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(budgets.MLX_CACHE_BYTES)
-    if ops.on_gpu():
+    if ops.on_gpu() and container.spec.codec == CODEC:  # MLX's own kernels compute the affine codec
         check_gpu(container.spec.length)
     model = _build(directory, container, cpu)
     model.tiny_qmoe = Runtime(container, budget, trellis_layers(model))

@@ -48,6 +48,8 @@ def layer_rates(container: Container) -> list[dict[str, Any]]:
 def _record_bits(data: np.ndarray, start: int, layer: Any, expert: int) -> list[float]:
     begin = start + expert * layer.record_bytes
     where = f"{layer.file}, expert {expert}"
+    if layer.packing:
+        return [float(p.bits) for p in layer.packing]
     record = trellis.parse(np.asarray(data[begin : begin + layer.record_bytes]), layer.shapes, layer.bias, where)
     return [float(trellis.BITS[m.rates].mean()) for m in record.matrices]
 

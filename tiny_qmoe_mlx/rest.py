@@ -75,6 +75,21 @@ def weights(module: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.parameters()))
 
 
+def outside(module: nn.Module, prefixes: tuple[str, ...]) -> dict[str, mx.array]:
+    """Arrays whose names begin with none of the prefixes."""
+    return {name: array for name, array in weights(module).items() if not name.startswith(prefixes)}
+
+
+def require_finite(arrays: dict[str, mx.array], prefix: str = "") -> None:
+    """Refuse NaN and Inf, which quantization would hide.
+
+    Raises:
+        ValueError: with the tensor's name.
+    """
+    for name, array in arrays.items():
+        checkpoint.require_finite(f"{prefix}{name}", array)
+
+
 def write_shard(path: Path, arrays: dict[str, mx.array]) -> None:
     """Write arrays under their names in the model, whole or not at all.
 

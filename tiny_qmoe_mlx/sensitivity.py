@@ -39,8 +39,10 @@ def sensitivities(source: Path, kinds: dict[int, ExpertKind], tokens: np.ndarray
     found = {f.layer: f for f in checkpoint.expert_layers(model)}
     dequantize_rest(model)
     batch, group = _batch(tokens, list(kinds))
+    paths = [path for path, _ in layerwise.decoder_layers(model)]
     experts = {layer: layerwise.Experts() for layer in kinds}
     model.update_modules(tree_unflatten([(found[layer].path, experts[layer]) for layer in kinds]))
+    rest.require_finite(rest.outside(model, tuple(f"{path}." for path in paths)))
     streams: dict[str, np.ndarray] = {}
     rng = np.random.default_rng(0)
 
@@ -48,6 +50,7 @@ def sensitivities(source: Path, kinds: dict[int, ExpertKind], tokens: np.ndarray
         if not streams:
             streams["clean"] = np.array(x.astype(mx.float32))
             streams["noisy"] = streams["clean"][:0]
+        rest.require_finite(rest.weights(layer), f"{paths[index]}.")
         layerwise.as_float32(layer)
         if index in kinds:
             _with_experts(streams, group, index, call, experts[index], found[index], kinds[index], rng)
