@@ -46,6 +46,8 @@ SMALL = {**SHAPE, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts
 POOL = 1 << 25  # random values that all weights are cut from: fresh ones for 23 GB would take longer than converting
 CGROUP = Path("/sys/fs/cgroup/memory")
 EXPERT_WEIGHTS_30B = 48 * 128 * 3 * 2048 * 768
+SLOTS = 42  # issue slots of the Metal encoder for each state and step, counted by tests/test_metal_profile.py
+M3_MAX = 40 * 128 * 1.4e9  # issue slots a second of 40 cores with 128 lanes: a model, nobody has timed it
 
 
 def tensors(config: dict, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -163,8 +165,16 @@ def encoder_rows(quick: bool) -> list[dict]:
             native.encode_tiles(tiles, 4, length)
             runs.append(tiles.size / (time.process_time() - start))
         speed = sorted(runs)[1]
-        rows.append({"length": length, "weights_per_s": speed, "hours_30b_2_cores": EXPERT_WEIGHTS_30B / speed / 7200})
+        hours = EXPERT_WEIGHTS_30B / speed / 7200
+        row = {"length": length, "weights_per_s": speed, "hours_30b_2_cores": hours}
+        rows.append({**row, "modelled_hours_30b_m3_max": modelled_hours(length)})
     return rows
+
+
+def modelled_hours(length: int) -> float:
+    """Hours of an M3 Max's 40 GPU cores for the experts of a 30B model at 2 bits, by counted issue slots."""
+    steps = 256 + 2 * (8 * length // 4)  # of the two runs over a tile of 512 weights (kernels/trellis_viterbi.metal)
+    return EXPERT_WEIGHTS_30B / 512 * steps * 2**length * SLOTS / M3_MAX / 3600
 
 
 def main() -> None:
@@ -182,7 +192,8 @@ def main() -> None:
     for row in result["encoder"]:
         print(
             f"L {row['length']}: {row['weights_per_s'] / 1e6:.2f} million weights/s and core; "
-            f"30B on 2 cores {row['hours_30b_2_cores']:.1f} h"
+            f"30B on 2 cores {row['hours_30b_2_cores']:.1f} h; on an M3 Max, modelled, never run: "
+            f"{row['modelled_hours_30b_m3_max']:.2f} h"
         )
     with tempfile.TemporaryDirectory(dir=args.keep) as scratch:
         source = (args.keep or Path(scratch)) / "original"

@@ -1,6 +1,6 @@
 """What training gains and norms after the conversion buys: SmolLM2-135M, each layer's feed-forward as one expert.
 
-    python benchmarks/bench_finetune.py [--bits 2.0] [--steps 100] [--batch 4] [--rate 0.003] [--json]
+    python benchmarks/bench_finetune.py [--bits 2.0] [--steps 100] [--batch 4] [--rate 0.005] [--json]
 
 The text trained on, and that which chooses the best step, are other passages than the one that the rows are measured on
 (bench_quality.passages).
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of Adam (default 100)")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step (default 4)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a sequence (default 256)")
-    parser.add_argument("--rate", type=float, default=3e-3, help="share of a value per step (default 0.003)")
+    parser.add_argument("--rate", type=float, default=5e-3, help="share of a value per step (default 0.005)")
     parser.add_argument("--every", type=int, default=10, help="steps between looks at held-out text (default 10)")
     parser.add_argument("--only", choices=PARTS, default="all", help="which parameters (default all)")
     parser.add_argument("--evaluate", type=int, default=8, help="sequences of 512 measured on, per text (default 8)")

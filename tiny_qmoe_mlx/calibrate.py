@@ -19,13 +19,15 @@ PRIOR_TOKENS = 512
 class LayerTokens:
     """What reaches one expert layer: x float32 (tokens, d), chosen int (tokens, k), router weights float32 (tokens, k),
     and what the layer's output would lack beside the original model's if its experts were the original ones, missing
-    float32 (tokens, d), or None for no correction.
+    float32 (tokens, d), or None where that is not known. corrected: whether down makes up for it, and for the rounding
+    of gate and up.
     """
 
     x: np.ndarray
     chosen: np.ndarray
     weight: np.ndarray
     missing: np.ndarray | None = None
+    corrected: bool = False
 
     def of_expert(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of an expert's tokens, and the router weights that it has there."""
@@ -78,9 +80,11 @@ def _calibrated(
     hidden = hidden_values(weights, bias, x, kind) if len(x) else np.zeros((0, weights[-1].shape[1]), np.float32)
     h_in = blend(_weighted_moment(x, hidden, share, weights[-1]), len(x), moment, len(tokens.x))
     h_mid = _hidden_moment(weights, bias, hidden.T @ (hidden * share[:, None]), len(x), tokens, kind)
-    if tokens.missing is None or not len(x):
+    if not tokens.corrected or not len(x):
         return ExpertInputs(weights, h_in, h_mid, bias)
-    missing = share_of_missing(tokens.missing, tokens.chosen, tokens.weight, expert)
+    missing = None
+    if tokens.missing is not None:
+        missing = share_of_missing(tokens.missing, tokens.chosen, tokens.weight, expert)
 
     def down_inputs(rounded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Down as it makes up for the rounding of gate and up, and for what earlier layers lost."""

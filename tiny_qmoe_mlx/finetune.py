@@ -47,7 +47,7 @@ class Settings:
 
     steps: int = 100
     batch: int = 4
-    rate: float = 3e-3
+    rate: float = 5e-3
     held_out: int = 8
     every: int = 10
     top: int = 128

@@ -166,7 +166,7 @@ def _calibrated(turn: _Turn) -> Finished:
 
     outputs, if_original = original_outputs(turn.found, turn.kind, [reference, compressed])
     after = layerwise.finish(turn.call, experts, streams["reference"], reference, outputs)
-    tokens = LayerTokens(compressed.x, compressed.chosen, compressed.weight)
+    tokens = LayerTokens(compressed.x, compressed.chosen, compressed.weight, corrected=job.settings.drift)
     if job.settings.drift and reference.linear and compressed.linear:
         tokens.missing = after.reshape(len(tokens.x), -1) - compressed.base - if_original
     del if_original, outputs

@@ -42,12 +42,25 @@ def signs(seed: int, layer: int, side: int, columns: int) -> np.ndarray:
     return out
 
 
+SMALL = 64  # columns of a matrix that products are still cheap with
+
+
 @lru_cache(maxsize=16)
 def _sylvester(size: int) -> np.ndarray:
     h = np.ones((1, 1), np.float32)
     while len(h) < size:
         h = np.block([[h, h], [h, -h]])
     return h
+
+
+def _transform(groups: np.ndarray) -> np.ndarray:
+    """Rows (n, size) times the Sylvester matrix; a large one as the Kronecker product of two, one after the other."""
+    size = groups.shape[1]
+    if size <= SMALL:
+        return groups @ _sylvester(size).astype(groups.dtype)
+    parts = groups.reshape(-1, SMALL) @ _sylvester(SMALL).astype(groups.dtype)
+    outer = _sylvester(size // SMALL).astype(groups.dtype)
+    return np.matmul(outer, parts.reshape(-1, size // SMALL, SMALL)).reshape(groups.shape)
 
 
 def rotate(x: np.ndarray, sign: np.ndarray) -> np.ndarray:
@@ -64,11 +77,11 @@ def rotate(x: np.ndarray, sign: np.ndarray) -> np.ndarray:
     if x.shape[-1] < padded:
         x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
     groups = (x * sign.astype(x.dtype)).reshape(-1, size)
-    return (groups @ _sylvester(size).astype(x.dtype) / x.dtype.type(size**0.5)).reshape(x.shape)
+    return (_transform(groups) / x.dtype.type(size**0.5)).reshape(x.shape)
 
 
 def unrotate(x: np.ndarray, sign: np.ndarray) -> np.ndarray:
     """The inverse of `rotate` on (..., padded columns); padding columns are kept."""
     size = hadamard_size(len(sign))
-    groups = x.reshape(-1, size) @ _sylvester(size).astype(x.dtype)
+    groups = _transform(x.reshape(-1, size))
     return (groups / x.dtype.type(size**0.5)).reshape(x.shape) * sign.astype(x.dtype)
