@@ -127,6 +127,8 @@ def _open(hf_path: str, revision: str | None, output: Path, stream: bool) -> tup
     """Where the original lies, and its shards if they come one by one."""
     if not stream:
         return hub.locate(hf_path, revision), None
+    if Path(hf_path).expanduser().exists():
+        raise ValueError(f"[convert] --stream-shards fetches a hub id's weights, {hf_path} is on this disk already.")
     shards = SourceShards(hf_path, output.with_name(output.name + ".source"), revision)
     return shards.located, shards
 
