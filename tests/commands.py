@@ -24,7 +24,7 @@ FILES = (  # and the model card, which may be edited, with its pictures
     "tokenizer.json",
     "tokenizer_config.json",
 )
-SMALL = ("--bits", "3", "--calibration-sequences", "8", "--calibration-tokens", "64")
+SMALL = ("--bits", "3", "--calibration-sequences", "8", "--calibration-tokens", "64", "--report", "none")
 INTERRUPTED = (terminal.INTERRUPTED, -signal.SIGINT)  # the shell's word for both is 130
 
 

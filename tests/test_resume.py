@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import finish, names, refusal, start
+from commands import SMALL, finish, names, refusal, start
 
 from tiny_qmoe_mlx import conversion, native, unfinished
 from tiny_qmoe_mlx.settings import Settings
@@ -19,7 +19,7 @@ from tiny_qmoe_mlx.staging import PLAN, STATE
 pytest_plugins = ["command_fixtures"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
 SETTINGS = {"bits": 3.0, "sequences": 8, "sequence_tokens": 64}
-LINE = ("--bits", 3, "--calibration-sequences", 8, "--calibration-tokens", 64)
+LINE = SMALL
 
 
 def contents(directory: Path) -> dict[str, bytes]:

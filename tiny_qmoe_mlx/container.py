@@ -33,8 +33,7 @@ from tiny_qmoe_mlx.spec import (
 )
 from tiny_qmoe_mlx.staging import (
     MANIFEST,
-    PLAN,
-    STATE,
+    UNFINISHED,
     atomic_file,
     check_space,
     check_target,
@@ -127,7 +126,7 @@ def write_manifest(directory: str | Path) -> None:
     spec = read_config(directory)[1]
     files: dict[str, dict[str, Any]] = {}
     layers = {layer.file: layer for layer in spec.layers}
-    for path in sorted(p for p in directory.iterdir() if p.name not in (MANIFEST, PLAN, STATE)):
+    for path in sorted(p for p in directory.iterdir() if p.name not in {MANIFEST, *UNFINISHED}):
         if not path.is_file():
             raise FormatError(f"[{path.name}] a converted model holds plain files only; move it out of {directory}.")
         if _EXPERTS_FILE.fullmatch(path.name) and path.name not in layers:

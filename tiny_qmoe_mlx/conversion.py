@@ -7,7 +7,7 @@ before the next one is read, so that one layer is in memory at a time and a stop
 
 import contextlib
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,9 +18,9 @@ from mlx.utils import tree_unflatten
 from threadpoolctl import threadpool_limits
 
 from tiny_qmoe_mlx import checkpoint, hub, layerwise, native, report, rest, unfinished
-from tiny_qmoe_mlx.calibration_text import calibration_tokens
+from tiny_qmoe_mlx.calibration_text import calibration_tokens, can_write
 from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.hub_shards import SourceShards
 from tiny_qmoe_mlx.hub_upload import Uploader
 from tiny_qmoe_mlx.layer_conversion import BEFORE_LAYERS, Job, Progress, convert_layer
@@ -40,6 +40,8 @@ def convert(
     revision: str | None = None,
     stream_shards: bool = False,
     upload_repo: str | None = None,
+    finetune: bool = False,
+    extent: report.Extent | None = None,
 ) -> Path:
     """Convert a checkpoint, or go on where an earlier run with the same settings stopped.
 
@@ -52,6 +54,8 @@ def convert(
         revision: branch, tag or commit of a hub id.
         stream_shards: fetch a hub id's weights shard by shard, and keep a shard only while it is needed.
         upload_repo: hub id that each file is sent to as soon as it is finished.
+        finetune: train gains and norms against the original at the end (finetune.py); also of a model that is whole.
+        extent: how much of the converted model's quality is measured for its card; None for nothing.
 
     Returns:
         The directory written.
@@ -64,16 +68,28 @@ def convert(
     """
     settings.check()
     require_compiler()
-    if stream_shards and (settings.layer_rates or settings.calibration == "self"):
+    if finetune and (stream_shards or settings.codec == AFFINE or settings.calibration == "none"):
+        raise ValueError(
+            "[convert] finetuning needs the original on the disk, trellis records and calibration tokens; leave out "
+            "--stream-shards, --codec affine and --calibration none."
+        )
+    if stream_shards and (settings.layer_rates or settings.calibration in ("self", "auto")):
         raise ValueError(
             "[convert] with stream_shards every shard should be read once; set layer_rates to False (--equal-layers) "
-            "and take another calibration than self."
+            "and take calibration builtin, none or a file."
         )
     mlx_path = Path(mlx_path)
     uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
-    if uploader and is_whole(mlx_path, str(hf_path)) and not overwrite:
-        uploader.check(mlx_path)
-        uploader.finish(mlx_path, progress)
+    if (uploader or finetune) and not overwrite and is_whole(mlx_path, str(hf_path)):
+        if uploader:
+            uploader.check(mlx_path)
+        if finetune:
+            located = hub.locate(str(hf_path), revision)
+            settings = _decided(settings, located)
+            tokens = _tokens(located, checkpoint.read_config(located.directory), settings, progress)
+            _improve(mlx_path, located, tokens, progress)
+        if uploader:
+            uploader.finish(mlx_path, progress)
         return mlx_path
     check_target(mlx_path, overwrite)
     if uploader:
@@ -82,6 +98,7 @@ def convert(
     with unfinished.unfinished_directory(mlx_path, overwrite) as directory, threadpool_limits(1, "blas"):
         try:
             located, shards = _open(str(hf_path), revision, mlx_path, stream_shards)
+            settings = _decided(settings, located)
             job, tokens, config = _job(located, settings, directory, progress, str(hf_path))
             job.shards, job.uploader = shards, uploader
             job.send(*sorted(directory.glob("model*.safetensors")))
@@ -97,6 +114,10 @@ def convert(
                 shutil.rmtree(located.directory, ignore_errors=True)
         except OSError as error:
             raise disk_full(error, mlx_path) from error
+    if finetune:
+        _improve(mlx_path, located, tokens, progress)
+    if extent is not None:
+        _measure(mlx_path, located, extent, progress)
     if uploader:
         uploader.finish(mlx_path, progress)
     return mlx_path
@@ -148,16 +169,7 @@ def _job(
     model, config = checkpoint.load_lazy(located.directory)
     layers = checkpoint.expert_layers(model)
     dequantize_rest(model)
-    tokenizer = checkpoint.open_tokenizer(located.directory, config)
-    tokens = calibration_tokens(
-        settings.calibration if settings.codec != AFFINE else "none",
-        tokenizer,
-        located.directory,
-        settings.sequences,
-        settings.sequence_tokens,
-        settings.seed,
-        progress,
-    )
+    tokens = _tokens(located, config, settings, progress, directory)
     spec = _plan(layers, settings, name, located, tokens, directory, progress)
     kept = rest.routers(model, layers)
     job = Job(model, settings, spec, directory, progress, {f.layer: f for f in layers}, kept)
@@ -167,6 +179,46 @@ def _job(
     if state:
         job.finished, job.facts, job.streams = state
     return job, tokens, config
+
+
+def _tokens(
+    located: hub.Located, config: dict, settings: Settings, progress: Progress, directory: Path | None = None
+) -> np.ndarray | None:
+    """Calibration tokens; those of a text the model writes itself are kept in the unfinished directory."""
+    source = settings.calibration if settings.codec != AFFINE else "none"
+    tokenizer = checkpoint.open_tokenizer(located.directory, config)
+    sizes = (settings.sequences, settings.sequence_tokens, settings.seed)
+
+    def make() -> np.ndarray | None:
+        return calibration_tokens(source, tokenizer, located.directory, *sizes, progress)
+
+    return unfinished.kept_tokens(directory, make) if directory and source == "self" else make()
+
+
+def _decided(settings: Settings, located: hub.Located) -> Settings:
+    """Calibration "auto" made up: text that the original writes where it fits this machine's memory, else ours."""
+    if settings.calibration != "auto":
+        return settings
+    fits = settings.codec != AFFINE and can_write(located.directory, settings.sequences, settings.sequence_tokens)
+    return replace(settings, calibration="self" if fits else "builtin")
+
+
+def _improve(directory: Path, located: hub.Located, tokens: np.ndarray | None, progress: Progress) -> None:
+    """Finetune a whole model, and note in its report what that gave."""
+    from tiny_qmoe_mlx.finetune import finetune_gains  # needed by few
+
+    assert tokens is not None
+    found = finetune_gains(directory, located.directory, tokens, progress=progress)
+    report.write_report(directory, located.directory, {"finetune": found})
+
+
+def _measure(directory: Path, located: hub.Located, extent: report.Extent, progress: Progress) -> None:
+    """Measure a whole model for its report; where its original cannot be beside it in memory, the report says so."""
+    try:
+        quality = report.measure(directory, located.directory, None, extent, progress)
+    except BudgetError as error:
+        quality = {"not_measured": str(error)}
+    report.write_report(directory, located.directory, quality)
 
 
 def _plan(

@@ -60,10 +60,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--calibration",
-        default="builtin",
+        default="auto",
         metavar="FILE|self|builtin|none",
         help="what errors are weighed by: a UTF-8 text, or chats (.jsonl), self: what the original writes when it is "
-        "sampled, builtin: general English that comes with the package (default), none: all weights count alike",
+        "sampled, builtin: general English that comes with the package, none: all weights count alike (default: self "
+        "where the original fits this machine's memory, else builtin)",
     )
     p.add_argument(
         "--calibration-sequences", type=int, default=64, help="how many stretches of the text are used (default 64)"
@@ -85,6 +86,19 @@ def parser() -> argparse.ArgumentParser:
         help="fetch a hub id's weights shard by shard and keep a shard only while it is needed",
     )
     p.add_argument("--upload-repo", metavar="ORG/NAME", help="send each finished file to this repository of the hub")
+    p.add_argument(
+        "--finetune-gains",
+        action="store_true",
+        help="train gains and norms against the original at the end: better below 3 bits, minutes to hours; also of a "
+        "model that is converted already",
+    )
+    p.add_argument(
+        "--report",
+        choices=["quick", "full", "none"],
+        default="quick",
+        help="what is measured for the model's card: perplexity and KL divergence (default), generated JSON and tool "
+        "calls too, or nothing",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace a converted model that stands at --mlx-path")
     terminal.add_quiet(p)
     terminal.add_json(p)
@@ -94,6 +108,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
+    from tiny_qmoe_mlx import report
+
     with terminal.Bars(args.quiet or args.json) as bars:
         out = convert(
             args.hf_path,
@@ -111,6 +127,8 @@ def main(argv: list[str]) -> int:
             revision=args.revision,
             stream_shards=args.stream_shards,
             upload_repo=args.upload_repo,
+            finetune=args.finetune_gains,
+            extent=None if args.stream_shards else {"quick": report.QUICK, "full": report.Extent()}.get(args.report),
             overwrite=args.overwrite,
             progress=bars,
         )

@@ -15,7 +15,8 @@ class Settings:
     """How to convert; two runs with the same settings and source write the same bytes.
 
     bits: per expert weight, everything counted. rest_bits: 4, 6, 8 or 16 for what is not an expert. codec: how experts
-    are coded. length: L of the trellis. calibration: path of a text or of chats (.jsonl), "builtin", "self" or "none";
+    are coded. length: L of the trellis. calibration: path of a text or of chats (.jsonl), "builtin", "self", "none", or
+    "auto": self where the original fits the memory, else builtin;
     sequences x sequence_tokens tokens of it are used. drift: correct the accumulated error of earlier layers.
     layer_rates: spend more bits on the layers that matter more. seed: of the rotation's signs.
     """
@@ -24,7 +25,7 @@ class Settings:
     rest_bits: int = 8
     codec: str = "trellis"
     length: int = 12
-    calibration: str = "builtin"
+    calibration: str = "auto"
     sequences: int = 64
     sequence_tokens: int = 256
     drift: bool = True

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 MANIFEST = "tiny_qmoe_manifest.json"
-PLAN, STATE = "conversion.json", "state.safetensors"  # of a conversion under way; no part of the model
+PLAN, STATE, TOKENS = "conversion.json", "state.safetensors", "calibration.npy"
+UNFINISHED = {PLAN, STATE, TOKENS}  # of a conversion under way; no part of the model
 
 
 def sync_directory(directory: Path) -> None:
@@ -165,7 +166,7 @@ def check_target(out: str | Path, overwrite: bool = False) -> None:
         raise FileExistsError(errno.EEXIST, sentence)
     if not overwrite:
         raise FileExistsError(errno.EEXIST, f"[{out}] is a converted model already; --overwrite replaces it")
-    foreign = sorted(n for n in names - _listed(out) - {PLAN, STATE} if not n.startswith("."))
+    foreign = sorted(n for n in names - _listed(out) - UNFINISHED if not n.startswith("."))
     if foreign:
         sentence = f"[{out}] holds {foreign[0]}, which no conversion wrote; move it away or choose another directory"
         raise FileExistsError(errno.EEXIST, sentence)

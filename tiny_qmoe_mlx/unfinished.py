@@ -23,6 +23,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.staging import (
     PLAN,
     STATE,
+    TOKENS,
     atomic_file,
     check_target,
     move_into_place,
@@ -60,7 +61,7 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         check_target(target, overwrite)
         sync_directory(directory)
         move_into_place(directory, target)
-        for name in (STATE, PLAN):  # last, so that no moment is lost; where they stay they do no harm
+        for name in (TOKENS, STATE, PLAN):  # last, so that no moment is lost; where they stay they do no harm
             (target / name).unlink(missing_ok=True)
     except BaseException as error:
         useless = isinstance(error, ValueError) and not isinstance(error, CannotGoOn)
@@ -144,6 +145,26 @@ def agree(directory: Path, asked: dict[str, Any], make: Callable[[], dict[str, A
 def _words(group: str, name: str, value: Any) -> str:
     name = name.replace("_", " ")
     return f"{name} {value}" if group == "settings" else f"a {group} whose {name} is {value}"
+
+
+def kept_tokens(directory: Path, make: Callable[[], np.ndarray | None]) -> np.ndarray | None:
+    """Calibration tokens: what `make` gives, written down the first time and read back later (a model's own text may
+    come out differently, and takes long).
+
+    Raises:
+        CannotGoOn: the file is damaged.
+    """
+    path = directory / TOKENS
+    if path.exists():
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
+    tokens = make()
+    if tokens is not None:
+        with atomic_file(path) as file:
+            np.save(file, tokens)
+    return tokens
 
 
 def save_state(directory: Path, layer: int, facts: list[dict], arrays: dict[str, np.ndarray]) -> None:
