@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from tiny_qmoe_mlx import rates
 from tiny_qmoe_mlx.codecs import rotation
+from tiny_qmoe_mlx.conversion import rates
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def replaced(**functions: Callable) -> Iterator[None]:
     """The quantizer's functions of those names replaced."""
     with ExitStack() as stack:
         for name, function in functions.items():
-            stack.enter_context(patch(f"tiny_qmoe_mlx.quantize.{name}", function))
+            stack.enter_context(patch(f"tiny_qmoe_mlx.conversion.quantize.{name}", function))
         yield
 
 

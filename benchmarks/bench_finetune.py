@@ -16,7 +16,7 @@ blas.install()  # before MLX is imported
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from bench_quality import SEED, compare, compress, forward, passages, report  # noqa: E402
+from bench_quality import SEED, SENSED, compare, compress, forward, passages, report, sensitivities  # noqa: E402
 from common import print_json  # noqa: E402
 from dense_llama import Dense, load  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
@@ -24,9 +24,9 @@ from mlx_lm.models import llama  # noqa: E402
 from mlx_lm.models.switch_layers import SwiGLU  # noqa: E402
 
 from tiny_qmoe_mlx.codecs import trellis  # noqa: E402
-from tiny_qmoe_mlx.distill import Found, Schedule, distill, teach  # noqa: E402
 from tiny_qmoe_mlx.expert_kind import ExpertKind  # noqa: E402
-from tiny_qmoe_mlx.finetune_model import GainedExperts, decoded  # noqa: E402
+from tiny_qmoe_mlx.finetune.distill import Found, Schedule, distill, teach  # noqa: E402
+from tiny_qmoe_mlx.finetune.model import GainedExperts, decoded  # noqa: E402
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 NAMES = {
@@ -136,7 +136,8 @@ def compressed(dense: Dense, tokens: np.ndarray, bits: float, length: int) -> tu
 
     trellis.pack = kept
     try:
-        return records, compress(dense, tokens, bits, length)[1]
+        sensitivity = sensitivities(dense, tokens[:, :SENSED])
+        return records, compress(dense, tokens, bits, length, SEED, True, sensitivity)[1]
     finally:
         trellis.pack = pack
 

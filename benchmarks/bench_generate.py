@@ -22,7 +22,8 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from tiny_qmoe_mlx import blas, checkpoint, demo, layers, locate, models
+from tiny_qmoe_mlx import blas, demo, layers, locate, models
+from tiny_qmoe_mlx.original import checkpoint
 
 PROMPT_TOKENS = 16
 

@@ -1,7 +1,7 @@
 """Quality of compressed experts on held-out text: perplexity, KL divergence and top-1 agreement with the original.
 
     python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0] [--seed 0 1 2] [--ablate] [--models ...]
-                                       [--rivals "gptq 3" ...] [--plot FILE.png]
+                                       [--add rivals.json] [--plot FILE.png]
 
 `rows`: SmolLM2-135M, each layer's feed-forward as one expert, ours beside MLX's affine quantization (group size 64),
 every byte counted; with several seeds (calibration passages and rotation signs) each seed's row and `medians`.
@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 import texts
 from ablations import ABLATIONS
+from common import plot_rates
 from dense_llama import CONTEXT, Dense, forward, load
 
 from tiny_qmoe_mlx import blas
 from tiny_qmoe_mlx.codecs import rotation, trellis
-from tiny_qmoe_mlx.drift import corrected_down
-from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer, token_weights
-from tiny_qmoe_mlx.rates import file_bytes, layer_bits, record_bytes_for
+from tiny_qmoe_mlx.conversion.drift import corrected_down
+from tiny_qmoe_mlx.conversion.quantize import ExpertInputs, quantize_layer, token_weights
+from tiny_qmoe_mlx.conversion.rates import file_bytes, layer_bits, record_bytes_for
 
 SEED = 0
 CALIBRATION = 24  # sequences of each text
@@ -280,7 +281,8 @@ def moe_rows(windows: list[list[int]], asked: list[float], affine_bits: list[int
     from tiny_qmoe_mlx import demo
     from tiny_qmoe_mlx.container import sizes
     from tiny_qmoe_mlx.convert import convert
-    from tiny_qmoe_mlx.evaluate import evaluate, open_any
+    from tiny_qmoe_mlx.evaluate import open_any
+    from tiny_qmoe_mlx.report.compare import evaluate
 
     source = str(demo.source_directory())
     original, _ = open_any(source, quiet=True)
@@ -331,26 +333,6 @@ def report(row: dict) -> dict:
     return row
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """KL divergence (logarithmic) against bits per weight, a line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows if row["kl"] > 0):
-        points = sorted((row["bits"], row["kl"]) for row in rows if row["method"] == method)
-        axes.plot(
-            *zip(*points, strict=True), marker="o", linewidth=2.5 if method.startswith("trellis") else 1, label=method
-        )
-    axes.set(yscale="log", xlabel="bits per weight, all bytes counted", ylabel="KL divergence to the original (nats)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=float, nargs="*", default=None, help="bits per weight (default: 1.5 2 3)")
@@ -359,7 +341,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=12, choices=trellis.LENGTHS, help="L of the trellis")
     parser.add_argument("--seed", type=int, nargs="*", default=[SEED], help="seeds of the dense rows (default: 0)")
     parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, default=None, help="the ablation, or rows of it")
-    parser.add_argument("--rivals", nargs="*", default=[], help="rows of rivals.py for the dense model, e.g. 'gptq 3'")
+    parser.add_argument("--add", type=Path, help="rows that `rivals.py --json` printed, a line each, for the plot")
     parser.add_argument("--plot", type=Path, help="draw KL against bits of the dense rows into this PNG file")
     parser.add_argument("--quick", action="store_true", help="2.0 bits and affine 2 only, fewer tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -387,12 +369,11 @@ def run(args: argparse.Namespace, bits: list[float], affine_bits: list[int]) -> 
         print(f"SmolLM2-135M, {sample.held_out.size} tokens")
         result["rows"] = dense_rows(model, samples, bits, affine_bits, args.length)
         result["medians"] = medians(result["rows"])
-        if args.rivals:
-            import rivals
-
-            result["rows"] += rivals.rows(model, args.rivals, args.quick)
+        if args.add:
+            lines = [line for line in args.add.read_text().splitlines() if line.startswith("{")]
+            result["rows"] += [row for line in lines for row in json.loads(line)["rivals"]]
         if args.plot:
-            plot(result["rows"], args.plot)
+            plot_rates(result["rows"], args.plot)
     if "moe" in args.models:
         windows = sample.held_out[:: 1 if args.quick else 2].tolist()
         print(f"demo MoE, {len(windows) * CONTEXT} tokens")

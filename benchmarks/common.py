@@ -69,3 +69,23 @@ def print_table(header: list[str], rows: list[list[object]]) -> None:
 def print_json(result: dict[str, object]) -> None:
     """The last line of a benchmark's output."""
     print(json.dumps(result), flush=True)
+
+
+def plot_rates(rows: list[dict], path: Path) -> None:
+    """KL divergence (logarithmic) against bits per weight, a line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in rows if row["kl"] > 0):
+        points = sorted((row["bits"], row["kl"]) for row in rows if row["method"] == method)
+        axes.plot(
+            *zip(*points, strict=True), marker="o", linewidth=2.5 if method.startswith("trellis") else 1, label=method
+        )
+    axes.set(yscale="log", xlabel="bits per weight, all bytes counted", ylabel="KL divergence to the original (nats)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

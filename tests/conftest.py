@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+import tiny_qmoe_mlx  # noqa: F401 (before MLX, whichever test module comes first: with numpy's BLAS under it)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -319,7 +319,8 @@ def script(surroundings, tmp_path):
 BEFORE = """
 import sys
 from pathlib import Path
-from tiny_qmoe_mlx import hub, terminal
+from tiny_qmoe_mlx.hub import client as hub
+from tiny_qmoe_mlx import terminal
 hub.WAITS = (0.01, 0.01, 0.01)
 def said(kind, value, trace):
     if not isinstance(value, (ValueError, OSError)):

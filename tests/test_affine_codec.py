@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, save_model
 
-from tiny_qmoe_mlx import affine_convert, affine_product, checkpoint, container, models, native, ops, plan, spec, verify
+from tiny_qmoe_mlx import affine_product, container, models, native, ops, plan, spec, verify
 from tiny_qmoe_mlx.codecs import affine
+from tiny_qmoe_mlx.conversion import affine as affine_convert
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.generate import stream_generate
 from tiny_qmoe_mlx.metal import Records
+from tiny_qmoe_mlx.original import checkpoint
 
 MODES = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 MODES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]

@@ -11,8 +11,10 @@ import tiny_models
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer
 
-from tiny_qmoe_mlx import calibration_text, checkpoint, writer
+from tiny_qmoe_mlx.conversion import text as calibration_text
+from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
+from tiny_qmoe_mlx.original import checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"

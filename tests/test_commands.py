@@ -127,18 +127,19 @@ def test_stats_have_every_key_and_add_up(converted, planned, tmp_path, here, sha
     stats = json.loads((tmp_path / "s.json").read_text())
     assert done.status == 0 and set(STATS) <= set(stats)
     spec = container.open_model(converted).spec
-    (record,) = {layer.record_bytes for layer in spec.layers}
+    records = [layer.record_bytes for layer in spec.layers]
     experts = sum(layer.experts for layer in spec.layers)
-    assert stats["bytes_read"] == stats["records_read"] * record
+    assert min(records) <= stats["bytes_read"] / stats["records_read"] <= max(records)
     assert stats["bytes_per_token"] == stats["bytes_read"] / stats["generation_tokens"]
     assert stats["generation_tokens"] == len(stats["tokens"]) <= 40 and stats["prompt_tokens"] == 11  # bytes
     assert done.out == stats["text"] + "\n"
-    assert stats["budget_bytes"] == budget and stats["pool_bytes"] % record == 0
+    assert stats["budget_bytes"] == budget
     assert stats["pool_bytes"] + planned["weight_bytes"] <= stats["resident_bytes"] <= budget
     assert stats["lookahead_reads"] == 0 and stats["ttft_s"] > 0 and 0 <= stats["io_wait_s"] < 60
     if share == 1:
         assert (stats["mode"], stats["records_read"], stats["expert_misses"]) == ("resident", experts, 0)
-        assert stats["pool_bytes"] == experts * record
+        assert stats["pool_bytes"] >= sum(layer.experts * layer.record_bytes for layer in spec.layers)
+        assert stats["bytes_read"] == sum(layer.experts * layer.record_bytes for layer in spec.layers)
     else:
         assert stats["mode"] == "streamed" and stats["records_read"] == stats["expert_misses"] > 0
     # the prompt's last token and every one of the reply but the last pass both layers with 4 experts each (mlx-lm may
@@ -211,8 +212,9 @@ def test_plan_counts_the_files_of_the_directory(converted, planned):
     assert planned["expert_file_bytes"] == experts and planned["experts"] == 16 and planned["expert_layers"] == 2
     assert planned["bits"] == pytest.approx(8 * experts / (16 * 3 * 64 * 64), abs=1e-4)
     parts = sum(planned[f"{part}_bytes"] for part in ("runtime", "weight", "kv", "scratch"))
-    size = container.open_model(converted).spec.layers[0].record_bytes
-    assert planned["min_budget_bytes"] == parts + 4 * size and planned["resident_budget_bytes"] == parts + 16 * size
+    records = [layer.record_bytes for layer in container.open_model(converted).spec.layers]
+    assert planned["min_budget_bytes"] == parts + 4 * sum(set(records))  # a pool for each size
+    assert planned["resident_budget_bytes"] == parts + 8 * sum(records)
 
 
 @pytest.fixture(scope="session")

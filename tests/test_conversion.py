@@ -11,13 +11,16 @@ import pytest
 import tiny_models
 from mlx.utils import tree_unflatten
 
-from tiny_qmoe_mlx import checkpoint, conversion, layerwise, native, sensitivity
+from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.container import open_model
+from tiny_qmoe_mlx.conversion import layerwise, sensitivity
+from tiny_qmoe_mlx.conversion import run as conversion
+from tiny_qmoe_mlx.conversion.expert_pass import Sums, original_outputs
+from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.expert_pass import Sums, original_outputs
 from tiny_qmoe_mlx.models import load
-from tiny_qmoe_mlx.settings import Settings
+from tiny_qmoe_mlx.original import checkpoint
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
 FAMILIES = ("qwen3_moe", "ernie4_5_moe", "mixtral", "gpt_oss")

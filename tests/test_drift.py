@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tiny_qmoe_mlx.drift import corrected_down, share_of_missing
-from tiny_qmoe_mlx.feedback import clipped
+from tiny_qmoe_mlx.conversion.drift import corrected_down, share_of_missing
+from tiny_qmoe_mlx.conversion.feedback import clipped
 
 WIDTH, D = 24, 16
 

@@ -6,11 +6,14 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import make_checkpoint, plain_model
 
-from tiny_qmoe_mlx import container, conversion, distill, finetune, native
+from tiny_qmoe_mlx import container, native
 from tiny_qmoe_mlx.codecs import trellis
-from tiny_qmoe_mlx.distill import Schedule, Teacher, divergence, teach
+from tiny_qmoe_mlx.conversion import run as conversion
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
-from tiny_qmoe_mlx.finetune_model import in_model_order, in_stored_order
+from tiny_qmoe_mlx.finetune import distill
+from tiny_qmoe_mlx.finetune import gains as finetune
+from tiny_qmoe_mlx.finetune.distill import Schedule, Teacher, divergence, teach
+from tiny_qmoe_mlx.finetune.model import in_model_order, in_stored_order
 from tiny_qmoe_mlx.verify import find_problems
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")

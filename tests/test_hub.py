@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from commands import FILES, SMALL, names, refusal
 
-from tiny_qmoe_mlx import hub as client
 from tiny_qmoe_mlx import native
+from tiny_qmoe_mlx.hub import client
 
 pytest_plugins = ["command_fixtures", "hub_server"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")

@@ -13,7 +13,7 @@ pytest_plugins = ["hub_server"]
 slow = partial(pytest.param, marks=pytest.mark.slow)
 LAYERS, WIDTH = 4, 131072
 OPEN = """
-from tiny_qmoe_mlx.hub_shards import SourceShards
+from tiny_qmoe_mlx.hub.shards import SourceShards
 shards = SourceShards("org/name", Path("source"))
 """
 
@@ -91,7 +91,7 @@ def test_a_killed_run_is_gone_on_with(hub, script, repository):
         OPEN
         + """
 import os
-from tiny_qmoe_mlx import hub_shards
+from tiny_qmoe_mlx.hub import shards as hub_shards
 hub_shards.PIECE, hub_shards.CONNECTIONS = 1 << 16, 1
 shards.ensure(shards.names(1))
 def kill(what, done, total):

@@ -18,7 +18,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 WEIGHTS = [f"model-experts-{i:05d}.safetensors" for i in range(1, 19)]
 WORDS = ["README.md", "config.json", "model.safetensors.index.json", MANIFEST, "tokenizer.json"]
 OPEN = """
-from tiny_qmoe_mlx.hub_upload import Uploader
+from tiny_qmoe_mlx.hub.upload import Uploader
 model = Path("model")
 weights = sorted(model.glob("model-*.safetensors"))
 uploader = Uploader("org/sent")
@@ -207,5 +207,5 @@ def test_overwrite_leaves_no_old_weights(hub, script, model, tmp_path):
 
 def test_no_id_of_a_repository(script):
     assert "should be ORG/NAME, received name" in sentence(
-        script("from tiny_qmoe_mlx.hub_upload import Uploader\nUploader('name')")
+        script("from tiny_qmoe_mlx.hub.upload import Uploader\nUploader('name')")
     )

@@ -10,7 +10,7 @@ import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 
 from tiny_qmoe_mlx import locate, metal, models, native, plan, probes
-from tiny_qmoe_mlx.conversion import Settings, convert
+from tiny_qmoe_mlx.conversion.run import Settings, convert
 
 pytestmark = [metal_cpu.required, pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")]
 # float32 activations on both sides: only the order of the sums differs

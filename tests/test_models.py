@@ -8,7 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from tiny_qmoe_mlx import expert_kind, models, native, plan
 from tiny_qmoe_mlx.container import open_model
-from tiny_qmoe_mlx.conversion import Settings, convert
+from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.generate import stream_generate
 
 FAMILIES = list(tiny_models.FAMILIES)
@@ -113,12 +113,12 @@ def test_numpy_path_gives_the_same(converted, monkeypatch):
 
 def test_counters_add_up(converted):
     directory = converted("qwen3_moe")
-    size = open_model(directory).spec.layers[0].record_bytes
+    sizes = [layer.record_bytes for layer in open_model(directory).spec.layers]
     for share in (0, 0.5, 1):
         model, tokenizer = models.load(directory, memory=budget(directory, share), context=512)
         greedy(model, tokenizer, prompt(20)[0], 20)
         stats = model.tiny_qmoe.stats()
-        assert stats["bytes_read"] == stats["records_read"] * size
+        assert min(sizes) <= stats["bytes_read"] / stats["records_read"] <= max(sizes)
         total = sum(layer.experts for layer in open_model(directory).spec.layers)
         assert stats["records_read"] == (total if share == 1 else stats["expert_misses"])
         assert stats["expert_hits"] > 0 or share == 0  # with the fewest slots each layer drives out the one before

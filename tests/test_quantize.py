@@ -5,10 +5,17 @@ import pytest
 
 from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.codecs import rotation, trellis
+from tiny_qmoe_mlx.conversion.feedback import block_order, columns_of, encode_stack, factor, rotated_hessian
+from tiny_qmoe_mlx.conversion.quantize import ExpertInputs, blend, quantize_layer, token_weights
+from tiny_qmoe_mlx.conversion.rates import (
+    distortion,
+    file_bytes,
+    keeps_row_gains,
+    layer_bits,
+    record_bytes_for,
+    water_fill,
+)
 from tiny_qmoe_mlx.errors import BudgetError
-from tiny_qmoe_mlx.feedback import block_order, columns_of, encode_stack, factor, rotated_hessian
-from tiny_qmoe_mlx.quantize import ExpertInputs, blend, quantize_layer, token_weights
-from tiny_qmoe_mlx.rates import distortion, file_bytes, keeps_row_gains, layer_bits, record_bytes_for, water_fill
 
 needs_library = pytest.mark.skipif(not native.available(), reason="the C++ library is not built")
 

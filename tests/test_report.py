@@ -14,9 +14,12 @@ from commands import refusal
 from huggingface_hub import metadata_load
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import budget, card, container, evaluate, models, native, plots, report, tasks, verify, writer
+from tiny_qmoe_mlx import budget, container, evaluate, models, native, verify
 from tiny_qmoe_mlx.codecs import trellis
+from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.report import card, compare, plots, tasks
+from tiny_qmoe_mlx.report import write as report
 
 pytest_plugins = ["command_fixtures"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
@@ -120,8 +123,8 @@ def test_a_layer_that_was_read_once_is_gone(checkpoint):
 
     tokens = mx.array([[1, 2, 3]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_used_once", watched)
-        found = evaluate.Reread(checkpoint)(tokens)
+        patch.setattr(compare, "_used_once", watched)
+        found = compare.Reread(checkpoint)(tokens)
     assert alive == [(True, False)] * 3
     whole, _ = evaluate.open_any(str(checkpoint), quiet=True)
     assert np.array_equal(np.array(found), np.array(whole(tokens)))

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from commands import SMALL, finish, names, refusal, start
 
-from tiny_qmoe_mlx import conversion, native, unfinished
-from tiny_qmoe_mlx.settings import Settings
+from tiny_qmoe_mlx import native
+from tiny_qmoe_mlx.conversion import run as conversion
+from tiny_qmoe_mlx.conversion import unfinished
+from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.staging import PLAN, STATE
 
 pytest_plugins = ["command_fixtures"]
@@ -142,6 +144,24 @@ def test_a_source_that_changed_is_refused(begun, checkpoint, text, tmp_path, her
     line = ("--hf-path", source, "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE)
     sentence = refusal(here("convert", *line))
     assert "was begun with a source whose" in sentence and begun.exists()
+
+
+def test_a_run_that_fails_early_keeps_what_an_earlier_one_finished(begun, checkpoint, text, tmp_path, here):
+    before = contents(begun)
+    line = ("--hf-path", tmp_path / "nowhere", "--mlx-path", begun.with_suffix(""), "--calibration", text, *LINE)
+    refusal(here("convert", *line))
+    (tmp_path / "short.txt").write_text("too short")
+    line = (
+        "--hf-path",
+        checkpoint,
+        "--mlx-path",
+        begun.with_suffix(""),
+        "--calibration",
+        tmp_path / "short.txt",
+        *LINE,
+    )
+    refusal(here("convert", *line))
+    assert contents(begun) == before
 
 
 def damage_plan(directory: Path) -> None:

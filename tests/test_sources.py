@@ -11,8 +11,8 @@ import source_layouts
 import tiny_models
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import checkpoint, shipped
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.original import checkpoint, shipped
 
 
 def plain(directory: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,8 @@ import types
 import pytest
 import tiny_models
 
-from tiny_qmoe_mlx import evaluate, tasks
+from tiny_qmoe_mlx import evaluate
+from tiny_qmoe_mlx.report import tasks
 
 
 class Plain:

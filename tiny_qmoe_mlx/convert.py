@@ -25,8 +25,8 @@ def convert(hf_path: str | Path, mlx_path: str | Path, **options: Any) -> Path:
     Returns:
         The directory written.
     """
-    from tiny_qmoe_mlx import conversion
-    from tiny_qmoe_mlx.settings import Settings
+    from tiny_qmoe_mlx.conversion import run as conversion
+    from tiny_qmoe_mlx.conversion.settings import Settings
 
     own = {key: options.pop(key) for key in list(options) if key not in Settings.__dataclass_fields__}
     return conversion.convert(hf_path, mlx_path, Settings(**options), **own)
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    from tiny_qmoe_mlx import report
+    from tiny_qmoe_mlx.report import write as report
 
     with terminal.Bars(args.quiet or args.json) as bars:
         out = convert(

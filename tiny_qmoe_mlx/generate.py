@@ -165,7 +165,8 @@ def _prompt_ids(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int
 
 def _context(directory: Path, prompt_tokens: int, args: argparse.Namespace) -> int:
     """Tokens of context to provide for; refuses what the model or --context cannot hold."""
-    from tiny_qmoe_mlx import budget, checkpoint
+    from tiny_qmoe_mlx import budget
+    from tiny_qmoe_mlx.original import checkpoint
 
     needed = prompt_tokens + args.max_tokens
     limit = budget.longest_context(checkpoint.read_config(directory))

@@ -29,7 +29,7 @@ def model_directory(name: str, quiet: bool = False) -> Path:
         SystemExit: the demo could not be built; the reason has been printed.
     """
     if name != DEMO:
-        from tiny_qmoe_mlx import checkpoint
+        from tiny_qmoe_mlx.original import checkpoint
 
         return checkpoint.find_directory(name, quiet=quiet)
     target = demo_directory()

@@ -17,13 +17,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import checkpoint, ops, probes
+from tiny_qmoe_mlx import ops, probes
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.expert_store import ExpertStore
 from tiny_qmoe_mlx.layers import Memory, TrellisExperts, use_cpu_kernels
+from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import CODEC, ModelSpec
 
 Progress = Callable[[str, int, int], None]  # what, done, total

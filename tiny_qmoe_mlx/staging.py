@@ -47,33 +47,21 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: as the system says; a full disk with a sentence that names the file.
     """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (better := disk_full(error, path)) is not error:
-            raise better from error
-        raise
+    with replaced_file(path, path.with_name(path.name + ".partial")) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 @contextlib.contextmanager
-def replaced_file(path: Path, suffix: str = "") -> Iterator[Path]:
-    """The temporary name of a file that another library writes; it gets its own name once it is on the disk.
+def replaced_file(path: Path, temporary: Path) -> Iterator[Path]:
+    """The temporary name of a file that somebody else writes; it gets its own name once it is on the disk.
 
     Args:
         path: the final name.
-        suffix: what the library wants the temporary name to end with.
+        temporary: beside it.
 
     Raises:
         OSError: as the system says; a full disk with a sentence that names the file.
     """
-    temporary = path.with_name(f".partial-{path.stem}{suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -168,9 +168,7 @@ def pack(record: Record, record_bytes: int) -> np.ndarray:
     return out
 
 
-def parse(
-    data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: str, length: int | None = None
-) -> Record:
+def parse(data: np.ndarray, shapes: list[tuple[int, int]], bias: bool, where: str, length: int | None = None) -> Record:
     """A record's parts as views of its bytes, every size and offset checked before use.
 
     Args:

@@ -287,7 +287,7 @@ def answer(
     """Greedy replies, token ids without the end token."""
     import mlx.core as mx
 
-    from tiny_qmoe_mlx import writer
+    from tiny_qmoe_mlx.conversion import writer
 
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # of about one length in a batch

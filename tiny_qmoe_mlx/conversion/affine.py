@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from tiny_qmoe_mlx import checkpoint
 from tiny_qmoe_mlx.codecs import affine
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.spec import ALIGNMENTS, LayerSpec, expert_file_name
+from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.spec import ALIGNMENTS, LayerSpec
 
 GROUP = 64  # of weights that are quantized here
 MOST_PADDING = 0.005  # of a record, for the sake of a larger alignment
@@ -56,31 +56,18 @@ def affine_layer_specs(layers: list[checkpoint.ExpertLayer], bits: int) -> tuple
     used = [affine.layout(_shapes(found), own)[1] for found, own in zip(layers, packing, strict=True)]
     alignment = min(map(affine_alignment, used))
     sized = [-(-size // alignment) * alignment for size in used]
-    return [_layer_spec(*parts) for parts in zip(layers, packing, sized, strict=True)], alignment
+    return [checkpoint.layer_spec(*parts) for parts in zip(layers, sized, packing, strict=True)], alignment
 
 
 def affine_layer_spec(found: checkpoint.ExpertLayer, bits: int, alignment: int) -> LayerSpec:
     """The same of one layer, with records that are a multiple of an alignment."""
     packing = affine_packing(found, bits)
     used = affine.layout(_shapes(found), packing)[1]
-    return _layer_spec(found, packing, -(-used // alignment) * alignment)
+    return checkpoint.layer_spec(found, -(-used // alignment) * alignment, packing)
 
 
 def _shapes(found: checkpoint.ExpertLayer) -> tuple[tuple[int, int], ...]:
     return tuple((rows, columns) for _, rows, columns in checkpoint.matrix_shapes(found))
-
-
-def _layer_spec(found: checkpoint.ExpertLayer, packing: tuple[affine.Packing, ...], record_bytes: int) -> LayerSpec:
-    return LayerSpec(
-        path=found.path,
-        layer=found.layer,
-        file=expert_file_name(found.layer),
-        experts=checkpoint.expert_count(found),
-        record_bytes=record_bytes,
-        matrices=tuple(checkpoint.matrix_shapes(found)),
-        bias=checkpoint.has_bias(found),
-        packing=packing,
-    )
 
 
 def affine_alignment(used: int) -> int:

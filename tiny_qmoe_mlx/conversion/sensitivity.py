@@ -13,10 +13,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from tiny_qmoe_mlx import checkpoint, layerwise, rest
+from tiny_qmoe_mlx.conversion import layerwise, rest
+from tiny_qmoe_mlx.conversion.expert_pass import original_outputs
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.expert_pass import original_outputs
-from tiny_qmoe_mlx.shipped import dequantize_rest
+from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original.shipped import dequantize_rest
 
 NOISE = 0.1  # relative to a token's expert output: small enough for its square to count, large against rounding
 PER_LAYER, LENGTH = 2, 64  # sequences for each layer, and their tokens

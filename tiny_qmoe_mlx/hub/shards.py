@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import hub
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.staging import atomic_file, check_space, disk_full, write_json
 
 SHARDS = "tiny_qmoe_shards.json"

@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tiny_qmoe_mlx import hub
-from tiny_qmoe_mlx.hub import HubError
+from tiny_qmoe_mlx.hub import client as hub
+from tiny_qmoe_mlx.hub.client import HubError
 from tiny_qmoe_mlx.staging import MANIFEST, PLAN, STATE
 
 MARKER = "tiny_qmoe_upload.json"

@@ -11,16 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import checkpoint, layerwise, rest, unfinished
-from tiny_qmoe_mlx.affine_convert import affine_records
-from tiny_qmoe_mlx.calibrate import LayerTokens
 from tiny_qmoe_mlx.container import write_experts_file
+from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
+from tiny_qmoe_mlx.conversion.affine import affine_records
+from tiny_qmoe_mlx.conversion.calibrate import LayerTokens
+from tiny_qmoe_mlx.conversion.expert_pass import Sums, compressed_records, groups, original_outputs, summed
+from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
-from tiny_qmoe_mlx.expert_pass import Sums, compressed_records, groups, original_outputs, summed
-from tiny_qmoe_mlx.hub import HubError
-from tiny_qmoe_mlx.hub_shards import SourceShards
-from tiny_qmoe_mlx.hub_upload import Uploader
-from tiny_qmoe_mlx.settings import Settings
+from tiny_qmoe_mlx.hub.client import HubError
+from tiny_qmoe_mlx.hub.shards import SourceShards
+from tiny_qmoe_mlx.hub.upload import Uploader
+from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import AFFINE, LayerSpec, ModelSpec
 from tiny_qmoe_mlx.staging import check_space
 

@@ -7,12 +7,13 @@ from functools import partial
 
 import numpy as np
 
-from tiny_qmoe_mlx import checkpoint, ops
-from tiny_qmoe_mlx.calibrate import LayerTokens, expert_inputs, hidden_values
+from tiny_qmoe_mlx import ops
 from tiny_qmoe_mlx.codecs import rotation, trellis
+from tiny_qmoe_mlx.conversion.calibrate import LayerTokens, expert_inputs, hidden_values
+from tiny_qmoe_mlx.conversion.layerwise import Routed
+from tiny_qmoe_mlx.conversion.quantize import ExpertInputs, quantize_layer
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.layerwise import Routed
-from tiny_qmoe_mlx.quantize import ExpertInputs, quantize_layer
+from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import LayerSpec
 
 GROUP_BYTES = 1 << 28  # of weights in float32 that are in memory at once, at least one expert's

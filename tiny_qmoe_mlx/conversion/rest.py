@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from tiny_qmoe_mlx import checkpoint
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import ModelSpec
 from tiny_qmoe_mlx.staging import replaced_file, write_json
 
@@ -96,7 +96,7 @@ def write_shard(path: Path, arrays: dict[str, mx.array]) -> None:
     Raises:
         OSError: the disk is full.
     """
-    with replaced_file(path, ".safetensors") as temporary:
+    with replaced_file(path, path.with_name(f".partial-{path.name}")) as temporary:
         try:
             mx.save_safetensors(str(temporary), arrays, {"format": "mlx"})
         except RuntimeError as error:  # MLX's word for a disk that is full

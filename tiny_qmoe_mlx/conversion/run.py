@@ -17,16 +17,20 @@ import xxhash
 from mlx.utils import tree_unflatten
 from threadpoolctl import threadpool_limits
 
-from tiny_qmoe_mlx import checkpoint, hub, layerwise, native, report, rest, unfinished
-from tiny_qmoe_mlx.calibration_text import calibration_tokens, can_write
+from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
+from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
+from tiny_qmoe_mlx.conversion.layer import BEFORE_LAYERS, Job, Progress, convert_layer
+from tiny_qmoe_mlx.conversion.planning import plan_layers
+from tiny_qmoe_mlx.conversion.settings import Settings
+from tiny_qmoe_mlx.conversion.text import calibration_tokens, can_write
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
-from tiny_qmoe_mlx.hub_shards import SourceShards
-from tiny_qmoe_mlx.hub_upload import Uploader
-from tiny_qmoe_mlx.layer_conversion import BEFORE_LAYERS, Job, Progress, convert_layer
-from tiny_qmoe_mlx.planning import plan_layers
-from tiny_qmoe_mlx.settings import Settings
-from tiny_qmoe_mlx.shipped import dequantize_rest
+from tiny_qmoe_mlx.hub import client as hub
+from tiny_qmoe_mlx.hub.shards import SourceShards
+from tiny_qmoe_mlx.hub.upload import Uploader
+from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original.shipped import dequantize_rest
+from tiny_qmoe_mlx.report import write as report
 from tiny_qmoe_mlx.spec import AFFINE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
@@ -205,7 +209,7 @@ def _decided(settings: Settings, located: hub.Located) -> Settings:
 
 def _improve(directory: Path, located: hub.Located, tokens: np.ndarray | None, progress: Progress) -> None:
     """Finetune a whole model, and note in its report what that gave."""
-    from tiny_qmoe_mlx.finetune import finetune_gains  # needed by few
+    from tiny_qmoe_mlx.finetune.gains import finetune_gains  # needed by few
 
     assert tokens is not None
     found = finetune_gains(directory, located.directory, tokens, progress=progress)

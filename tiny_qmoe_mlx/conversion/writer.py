@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import budget, checkpoint
+from tiny_qmoe_mlx import budget
 from tiny_qmoe_mlx.layers import use_cpu_kernels
+from tiny_qmoe_mlx.original import checkpoint
 
 TOKENS_AT_ONCE = budget.PREFILL_CHUNK  # of all rows together, while prompts are read
 ORIGINAL_SHARE = 0.7  # of the machine's memory that an original may take: a Mac's GPU gets about three quarters

@@ -43,7 +43,7 @@ BEGIN_ANEW = "or remove that directory to begin anew"
 def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """Lock the unfinished directory of an output, made if there is none, and rename it to `out` when the block ends
     well. When the block is stopped or the disk fails, it stays for the next run once anything in it is finished; when
-    the source or what was asked does not serve (ValueError), no run could go on, and it vanishes.
+    the source or what was asked does not serve (ValueError), it vanishes, unless an earlier run left it.
 
     Raises:
         FileExistsError: `out` is in the way, or the unfinished directory is a stranger's.
@@ -53,10 +53,10 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     check_target(target, overwrite)
     directory = target.with_name(target.name + ".partial")
     lock = _lock(directory)
-    keep = True
+    ours, earlier = False, (directory / STATE).exists()
     try:
         _refuse_strangers(directory)
-        keep = False
+        ours = True
         yield directory
         check_target(target, overwrite)
         sync_directory(directory)
@@ -65,7 +65,7 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             (target / name).unlink(missing_ok=True)
     except BaseException as error:
         useless = isinstance(error, ValueError) and not isinstance(error, CannotGoOn)
-        if not keep and (useless or not (directory / STATE).exists()):
+        if ours and not earlier and (useless or not (directory / STATE).exists()):
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_qmoe_mlx import checkpoint
-from tiny_qmoe_mlx.affine_convert import affine_layer_specs
+from tiny_qmoe_mlx.conversion.affine import affine_layer_specs
+from tiny_qmoe_mlx.conversion.rates import layer_bits, record_bytes_for
+from tiny_qmoe_mlx.conversion.sensitivity import sensitivities
+from tiny_qmoe_mlx.conversion.settings import MAX_BITS, Settings
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.expert_kind import expert_kind
-from tiny_qmoe_mlx.hub import Located
-from tiny_qmoe_mlx.rates import layer_bits, record_bytes_for
-from tiny_qmoe_mlx.sensitivity import sensitivities
-from tiny_qmoe_mlx.settings import MAX_BITS, Settings
-from tiny_qmoe_mlx.spec import AFFINE, FORMAT_VERSION, LayerSpec, ModelSpec, bits_per_weight, expert_file_name
+from tiny_qmoe_mlx.hub.client import Located
+from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.spec import AFFINE, FORMAT_VERSION, LayerSpec, ModelSpec, bits_per_weight
 
 LEAST_BITS = 0.75  # of a layer that gets fewer bits than others: below, most blocks of an expert would be absent
 SHARE = 0.6  # of the asked bits that every layer gets at least
@@ -67,7 +67,10 @@ def _spec(
 ) -> ModelSpec:
     sized = [_record(found, share) for found, share in zip(layers, bits, strict=True)]
     alignment = min(a for _, a in sized)
-    specs = [_layer(found, size // alignment * alignment) for found, (size, _) in zip(layers, sized, strict=True)]
+    specs = [
+        checkpoint.layer_spec(found, size // alignment * alignment)
+        for found, (size, _) in zip(layers, sized, strict=True)
+    ]
     return _model_spec(specs, alignment, settings, located, name, tokens)
 
 
@@ -100,15 +103,3 @@ def _record(found: checkpoint.ExpertLayer, bits: float) -> tuple[int, int]:
     """(bytes, alignment) of a layer's records."""
     shapes = [(rows, columns) for _, rows, columns in checkpoint.matrix_shapes(found)]
     return record_bytes_for(bits, shapes, checkpoint.expert_count(found), checkpoint.has_bias(found))
-
-
-def _layer(found: checkpoint.ExpertLayer, record_bytes: int) -> LayerSpec:
-    return LayerSpec(
-        path=found.path,
-        layer=found.layer,
-        file=expert_file_name(found.layer),
-        experts=checkpoint.expert_count(found),
-        record_bytes=record_bytes,
-        matrices=tuple(checkpoint.matrix_shapes(found)),
-        bias=checkpoint.has_bias(found),
-    )

@@ -9,7 +9,7 @@ many tokens per column that an expert with few tokens keeps its weights. GPTAQ (
 
 import numpy as np
 
-from tiny_qmoe_mlx.feedback import clipped
+from tiny_qmoe_mlx.conversion.feedback import clipped
 
 RIDGE = 6.0  # tokens per column of down that count as saying "no change"; best on held-out tokens
 CARRIED = 0.5  # share of what earlier layers lost that is corrected; all of it fits noise

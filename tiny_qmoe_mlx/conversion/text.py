@@ -15,7 +15,7 @@ import numpy as np
 
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 
-BUILTIN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
+BUILTIN_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 BUILTIN, NONE, SELF = "builtin", "none", "self"
 CHATS = ".jsonl"
 TEMPERATURE, TOP_P = 1.0, 0.95  # of the model that writes for itself
@@ -234,7 +234,7 @@ def self_written(
     """
     import mlx.core as mx
 
-    from tiny_qmoe_mlx import writer
+    from tiny_qmoe_mlx.conversion import writer
 
     model, config = writer.open_original(original)
     needed, given = writer.memory_bytes(model, config, sequences * length), writer.available_bytes()
@@ -253,7 +253,8 @@ def write_text(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from tiny_qmoe_mlx import blas, writer
+    from tiny_qmoe_mlx import blas
+    from tiny_qmoe_mlx.conversion import writer
 
     pool = openings(tokenizer, random.Random(seed))
     mx.random.seed(seed)
@@ -282,7 +283,7 @@ def too_large(needed: int, given: int) -> str:
 
 def can_write(original: Path, sequences: int, length: int) -> bool:
     """Whether the original fits the memory of this machine, so that `self` works; nothing but headers is read."""
-    from tiny_qmoe_mlx import writer
+    from tiny_qmoe_mlx.conversion import writer
 
     model, config = writer.open_original(original)
     return writer.memory_bytes(model, config, sequences * length) <= writer.available_bytes()

@@ -19,9 +19,12 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tiny_qmoe_mlx import hub, shipped
+from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.source import Source
+from tiny_qmoe_mlx.hub import client as hub
+from tiny_qmoe_mlx.original import shipped
+from tiny_qmoe_mlx.original.source import Source
+from tiny_qmoe_mlx.spec import LayerSpec, expert_file_name
 
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
 
@@ -228,6 +231,20 @@ def expert_weights(layer: ExpertLayer, experts: range) -> tuple[list[np.ndarray]
     for name, values in zip(2 * layer.names, weights + (biases or [])):  # noqa: B905 (biases may be absent)
         require_finite_experts(layer, name, values, experts)
     return weights, biases
+
+
+def layer_spec(layer: ExpertLayer, record_bytes: int, packing: tuple[Packing, ...] = ()) -> LayerSpec:
+    """A layer as the container describes it, its records of `record_bytes` bytes."""
+    return LayerSpec(
+        path=layer.path,
+        layer=layer.layer,
+        file=expert_file_name(layer.layer),
+        experts=expert_count(layer),
+        record_bytes=record_bytes,
+        matrices=tuple(matrix_shapes(layer)),
+        bias=has_bias(layer),
+        packing=packing,
+    )
 
 
 def expert_arrays(layer: ExpertLayer, experts: range) -> dict[str, mx.array]:

@@ -14,8 +14,7 @@ import numpy as np
 from tiny_qmoe_mlx import metal, metal_encode, native
 from tiny_qmoe_mlx.codecs.rotation import COLUMN_BLOCK, padded_columns, rotate, unrotate
 from tiny_qmoe_mlx.codecs.trellis import PLANES, ROW_TILE, TILE_COLUMNS, Matrix, Record, block_bytes, padded_rows
-from tiny_qmoe_mlx.errors import BudgetError
-from tiny_qmoe_mlx.feedback import (
+from tiny_qmoe_mlx.conversion.feedback import (
     DAMPING,
     Encoder,
     block_order,
@@ -25,7 +24,8 @@ from tiny_qmoe_mlx.feedback import (
     factor,
     rotated_hessian,
 )
-from tiny_qmoe_mlx.rates import fixed_bytes, keeps_row_gains, record_bytes_for, water_fill
+from tiny_qmoe_mlx.conversion.rates import fixed_bytes, keeps_row_gains, record_bytes_for, water_fill
+from tiny_qmoe_mlx.errors import BudgetError
 
 __all__ = ["ExpertInputs", "blend", "quantize_layer", "record_bytes_for", "token_weights"]
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import xxhash
 
-from tiny_qmoe_mlx import __version__, card, plots
+from tiny_qmoe_mlx import __version__
 from tiny_qmoe_mlx.container import FORMAT_VERSION, MANIFEST, SELF, Container, file_hash, read_config, read_manifest
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.report import card, plots
 from tiny_qmoe_mlx.spec import AFFINE
 from tiny_qmoe_mlx.staging import atomic_file, write_json
 
@@ -194,19 +195,20 @@ def measure(
         BudgetError: the memory does not suffice.
         ValueError: the vocabularies differ.
     """
-    from tiny_qmoe_mlx import blas, evaluate, tasks
+    from tiny_qmoe_mlx import blas
+    from tiny_qmoe_mlx.report import compare, tasks
 
     context = max(extent.window, tasks.CONTEXT if extent.tasks else 0)
     with blas.shared_machine():
-        pair = evaluate.open_pair(Path(directory), source, context)
+        pair = compare.open_pair(Path(directory), source, context)
         try:
             windows, words = _windows(pair, text, extent, progress)
-            found = evaluate.evaluate(pair.converted, windows, pair.original, progress)
+            found = compare.evaluate(pair.converted, windows, pair.original, progress)
             out = _summary(found, {**words, "tokens": found["tokens"], "window": extent.window})
             if extent.tasks:
                 _run_tasks(out, pair, extent.tasks, progress)
             if extent.layer_tokens and pair.whole:
-                out["layers"] = evaluate.layer_kl(pair, windows[0][: extent.layer_tokens + 1], progress)
+                out["layers"] = compare.layer_kl(pair, windows[0][: extent.layer_tokens + 1], progress)
         finally:
             pair.converted.close()
     return out
@@ -214,7 +216,7 @@ def measure(
 
 def _run_tasks(out: dict[str, Any], pair: Any, count: int, progress: Progress) -> None:
     """Add both models' scores, and how long their replies agree."""
-    from tiny_qmoe_mlx import tasks
+    from tiny_qmoe_mlx.report import tasks
 
     scores, replies = tasks.run(pair.converted, pair.tokenizer, count, progress)
     out["converted"] |= scores
@@ -230,12 +232,12 @@ def _windows(
     pair: Any, text: Path | None, extent: Extent, progress: Progress
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Token windows to predict, and where they are from."""
-    from tiny_qmoe_mlx import evaluate
-    from tiny_qmoe_mlx.calibration_text import read_text, write_text
+    from tiny_qmoe_mlx.conversion.text import read_text, write_text
+    from tiny_qmoe_mlx.report import compare
 
     if text is not None:
         ids = pair.tokenizer.encode(read_text(text, "text"), add_special_tokens=False, verbose=False)
-        return evaluate.cut(ids, extent.window, extent.tokens), {"source": text.name}
+        return compare.cut(ids, extent.window, extent.tokens), {"source": text.name}
     if not pair.whole:
         raise BudgetError(
             "[report] the original writes the text that it is measured on, and does not fit this machine's memory "

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx.checkpoint import named_modules
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
+from tiny_qmoe_mlx.original.checkpoint import named_modules
 
 TOKENS_AT_ONCE = 1024  # of a layer's call: what bounds its activations
 Call = Callable[[np.ndarray], mx.array]  # a decoder layer on a stream (sequences, length, d) float32

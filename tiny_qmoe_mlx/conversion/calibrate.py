@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiny_qmoe_mlx.drift import corrected_down, share_of_missing
+from tiny_qmoe_mlx.conversion.drift import corrected_down, share_of_missing
+from tiny_qmoe_mlx.conversion.quantize import ExpertInputs, blend, token_weights
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.quantize import ExpertInputs, blend, token_weights
 
 STARVED = 4  # an expert with fewer tokens than this many times its width also sees tokens that were not routed to it
 PRIOR_TOKENS = 512
