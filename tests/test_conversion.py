@@ -21,6 +21,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.models import load
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.verify import find_problems
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
 FAMILIES = ("qwen3_moe", "ernie4_5_moe", "mixtral", "gpt_oss")
@@ -157,3 +158,24 @@ def test_affine_codes_of_an_unquantized_checkpoint(source, tmp_path):
 def test_stream_shards_wants_one_reading(source, tmp_path):
     with pytest.raises(ValueError, match="every shard should be read once"):
         conversion.convert(source, tmp_path / "out", SETTINGS, stream_shards=True)
+
+
+@pytest.mark.slow
+def test_gains_are_finetuned_after_a_conversion_and_later(source, text, tmp_path):
+    settings = replace(SETTINGS, bits=1.5, calibration=str(text), sequences=16, rest_bits=16)
+    out = conversion.convert(source, tmp_path / "out", settings)
+    plain = {p.name: p.read_bytes() for p in out.iterdir()}
+    conversion.convert(source, out, settings, finetune=True)
+    found = json.loads((out / "quality.json").read_text())["finetune"]
+    assert found["kl_after"] < found["kl_before"] or not found["changed"]
+    assert {p.name for p in out.iterdir()} == set(plain)
+    assert not list(find_problems(out))
+    at_once = conversion.convert(source, tmp_path / "once" / "out", settings, finetune=True)
+    experts = [name for name in plain if "experts" in name]
+    assert all((at_once / name).read_bytes() == (out / name).read_bytes() for name in experts)
+
+
+@pytest.mark.parametrize("options", [{"finetune": True, "stream_shards": True}, {"finetune": True}])
+def test_finetuning_wants_the_original_and_tokens(source, tmp_path, options):
+    with pytest.raises(ValueError, match="finetuning needs the original on the disk"):
+        conversion.convert(source, tmp_path / "out", replace(SETTINGS, calibration="none"), **options)

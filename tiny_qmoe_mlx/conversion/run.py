@@ -7,7 +7,7 @@ before the next one is read, so that one layer is in memory at a time and a stop
 
 import contextlib
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -72,6 +72,36 @@ def convert(
     """
     settings.check()
     require_compiler()
+    _check_together(settings, stream_shards, finetune)
+    output = Path(mlx_path)
+    uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
+    whole = bool(uploader or finetune) and not overwrite and is_whole(output, str(hf_path))
+    if not whole:
+        check_target(output, overwrite)
+    if uploader:
+        uploader.check(output if whole else None)
+    located, tokens = None, None
+    if not whole:
+        wanted = Wanted(str(hf_path), revision, stream_shards, output, overwrite)
+        located, tokens = _write(wanted, settings, progress, uploader)
+    elif finetune:
+        located = hub.locate(str(hf_path), revision)
+        tokens = _tokens(located, checkpoint.read_config(located.directory), _decided(settings, located), progress)
+    if finetune and located and tokens is not None:
+        _improve(output, located, tokens, progress)
+    if extent is not None and located and not stream_shards:
+        _measure(output, located, extent, progress)
+    if uploader:
+        uploader.finish(output, progress)
+    return output
+
+
+def _check_together(settings: Settings, stream_shards: bool, finetune: bool) -> None:
+    """Refuse options that exclude one another.
+
+    Raises:
+        ValueError: what to leave out.
+    """
     if finetune and (stream_shards or settings.codec == AFFINE or settings.calibration == "none"):
         raise ValueError(
             "[convert] finetuning needs the original on the disk, trellis records and calibration tokens; leave out "
@@ -82,34 +112,38 @@ def convert(
             "[convert] with stream_shards every shard should be read once; set layer_rates to False (--equal-layers) "
             "and take calibration builtin, none or a file."
         )
-    mlx_path = Path(mlx_path)
-    uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
-    if (uploader or finetune) and not overwrite and is_whole(mlx_path, str(hf_path)):
-        if uploader:
-            uploader.check(mlx_path)
-        if finetune:
-            located = hub.locate(str(hf_path), revision)
-            settings = _decided(settings, located)
-            tokens = _tokens(located, checkpoint.read_config(located.directory), settings, progress)
-            _improve(mlx_path, located, tokens, progress)
-        if uploader:
-            uploader.finish(mlx_path, progress)
-        return mlx_path
-    check_target(mlx_path, overwrite)
-    if uploader:
-        uploader.check()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """From where to where: directory or hub id of the original and its revision, whether its weights come shard by
+    shard; the directory to write, and whether it replaces a converted model.
+    """
+
+    source: str
+    revision: str | None
+    stream_shards: bool
+    output: Path
+    overwrite: bool
+
+
+def _write(
+    wanted: Wanted, settings: Settings, progress: Progress, uploader: Uploader | None
+) -> tuple[hub.Located, np.ndarray | None]:
+    """Write the whole directory; where the original lies, and the calibration tokens."""
+    output = wanted.output
     # one thread of BLAS: the same bytes on every machine, and its threads spin where others need the cores
-    with unfinished.unfinished_directory(mlx_path, overwrite) as directory, threadpool_limits(1, "blas"):
+    with unfinished.unfinished_directory(output, wanted.overwrite) as directory, threadpool_limits(1, "blas"):
         try:
-            located, shards = _open(str(hf_path), revision, mlx_path, stream_shards)
+            located, shards = _open(wanted)
             settings = _decided(settings, located)
-            job, tokens, config = _job(located, settings, directory, progress, str(hf_path))
+            job, tokens, config = _job(located, settings, directory, progress, wanted.source)
             job.shards, job.uploader = shards, uploader
             job.send(*sorted(directory.glob("model*.safetensors")))
-            check_space(mlx_path, sum(s.data_bytes for s in job.spec.layers if s.layer > job.finished))
+            check_space(output, sum(s.data_bytes for s in job.spec.layers if s.layer > job.finished))
             _run(job, tokens)
             rest.write_words(located.directory, config, job.spec, settings.rest_bits, directory)
-            report.write_report(directory, located.directory, {"layers": job.facts}, asdict(settings), mlx_path.name)
+            report.write_report(directory, located.directory, {"layers": job.facts}, asdict(settings), output.name)
             write_manifest(directory)
             if uploader:
                 with contextlib.suppress(hub.HubError):  # `finish` sends what is missing, or says why it cannot
@@ -117,14 +151,8 @@ def convert(
             if shards:
                 shutil.rmtree(located.directory, ignore_errors=True)
         except OSError as error:
-            raise disk_full(error, mlx_path) from error
-    if finetune:
-        _improve(mlx_path, located, tokens, progress)
-    if extent is not None:
-        _measure(mlx_path, located, extent, progress)
-    if uploader:
-        uploader.finish(mlx_path, progress)
-    return mlx_path
+            raise disk_full(error, output) from error
+    return located, tokens
 
 
 def require_compiler() -> None:
@@ -148,13 +176,16 @@ def is_whole(directory: Path, name: str) -> bool:
     return open_model(directory).spec.source["model"] == name
 
 
-def _open(hf_path: str, revision: str | None, output: Path, stream: bool) -> tuple[hub.Located, SourceShards | None]:
+def _open(wanted: Wanted) -> tuple[hub.Located, SourceShards | None]:
     """Where the original lies, and its shards if they come one by one."""
-    if not stream:
-        return hub.locate(hf_path, revision), None
-    if Path(hf_path).expanduser().exists():
-        raise ValueError(f"[convert] --stream-shards fetches a hub id's weights, {hf_path} is on this disk already.")
-    shards = SourceShards(hf_path, output.with_name(output.name + ".source"), revision)
+    if not wanted.stream_shards:
+        return hub.locate(wanted.source, wanted.revision), None
+    if Path(wanted.source).expanduser().exists():
+        raise ValueError(
+            f"[convert] --stream-shards fetches a hub id's weights, {wanted.source} is on this disk already."
+        )
+    directory = wanted.output.with_name(wanted.output.name + ".source")
+    shards = SourceShards(wanted.source, directory, wanted.revision)
     return shards.located, shards
 
 
@@ -207,11 +238,10 @@ def _decided(settings: Settings, located: hub.Located) -> Settings:
     return replace(settings, calibration="self" if fits else "builtin")
 
 
-def _improve(directory: Path, located: hub.Located, tokens: np.ndarray | None, progress: Progress) -> None:
+def _improve(directory: Path, located: hub.Located, tokens: np.ndarray, progress: Progress) -> None:
     """Finetune a whole model, and note in its report what that gave."""
     from tiny_qmoe_mlx.finetune.gains import finetune_gains  # needed by few
 
-    assert tokens is not None
     found = finetune_gains(directory, located.directory, tokens, progress=progress)
     report.write_report(directory, located.directory, {"finetune": found})
 
