@@ -37,7 +37,10 @@ def parser() -> argparse.ArgumentParser:
     p = terminal.parser("convert", __doc__.split(": ", 1)[1], EXAMPLES)
     p.add_argument("--hf-path", required=True, metavar="DIR|HUB_ID", help="the original checkpoint")
     p.add_argument(
-        "--mlx-path", required=True, metavar="DIR", help="the directory to write; it appears when it is whole"
+        "--mlx-path",
+        required=True,
+        metavar="DIR",
+        help="the directory to write; it appears when it is whole, and a run that was stopped goes on where it was",
     )
     p.add_argument(
         "--bits",
