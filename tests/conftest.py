@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -45,3 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not mx.metal.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no Metal device"))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children take Ctrl-C even where pytest itself was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -30,7 +30,7 @@ EXTRA = {
     },
     "phixtral": {"num_vocab": 258, "model_dim": 64, "num_heads": 4, "num_layers": 2, "rotary_dim": 8},
 }
-tiny_models.FAMILIES.update({name: values for name, values in EXTRA.items() if name not in tiny_models.FAMILIES})
+tiny_models.MORE.update(EXTRA)
 
 
 def rewrite(directory: Path, change: Callable[[Weights], Weights], **config) -> Path:

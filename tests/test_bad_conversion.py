@@ -289,14 +289,6 @@ STOPS = [(0, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGINT)]
 STOPS += [pytest.param(n, sent, marks=pytest.mark.slow) for n in range(3, 25) for sent in SIGNALS]
 
 
-@pytest.fixture
-def interruptible():
-    """Children take Ctrl-C even where pytest itself was started in the background and ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def wait_for_libraries(child: subprocess.Popen) -> None:
     """Python itself has started then, and the command has the signals in hand."""
     while (

@@ -109,7 +109,7 @@ def test_an_original_larger_than_memory_is_read_layer_by_layer(quality, converte
 def test_a_layer_that_was_read_once_is_gone(checkpoint):
     """The peak of a pass is one layer: the weights of those before it have been let go."""
     alive = []
-    used_once = evaluate._used_once
+    used_once = compare._used_once
 
     def watched(kind):
         class Watched(used_once(kind)):

@@ -104,7 +104,7 @@ def run_script(body: str, **options) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("sent", "status", "text"), [(signal.SIGINT, 130, b"error: interrupted\n"), (signal.SIGTERM, 143, b"")]
 )
-def test_signals_unwind(sent, status, text):
+def test_signals_unwind(interruptible, sent, status, text):
     body = "    try: print('ready', flush=True); time.sleep(60)\n    finally: print('cleaned', flush=True)"
     child = run_script(body)
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"

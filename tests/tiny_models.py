@@ -85,12 +85,13 @@ FAMILIES = {
         "rope_scaling": None,
     },
 }
+MORE: dict[str, dict] = {}  # families that some tests read checkpoints of, and that not every test need run
 TOP_K = {"ernie4_5_moe": "moe_k"}
 
 
 def make_checkpoint(directory: Path, family: str, seed: int = 0, **overrides) -> Path:
     """Write a Hugging Face style directory with random weights and a byte tokenizer."""
-    config = {**BASE, "model_type": family, **FAMILIES[family], **overrides}
+    config = {**BASE, "model_type": family, **(FAMILIES | MORE)[family], **overrides}
     mx.random.seed(seed)
     kind, args = _get_classes(config)
     model = kind(args.from_dict(config))
