@@ -16,6 +16,7 @@ from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.conversion import run as conversion
 from tiny_qmoe_mlx.conversion import unfinished
 from tiny_qmoe_mlx.conversion.settings import Settings
+from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.staging import PLAN, STATE
 
 pytest_plugins = ["command_fixtures"]
@@ -162,6 +163,17 @@ def test_a_run_that_fails_early_keeps_what_an_earlier_one_finished(begun, checkp
     )
     refusal(here("convert", *line))
     assert contents(begun) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(FormatError("the hub"), True), (OSError("the disk"), True), (ValueError("NaN"), False)]
+)
+def test_what_is_finished_outlives_a_hub_or_a_disk_that_fails(tmp_path, error, stays):
+    with pytest.raises(type(error)), unfinished.unfinished_directory(tmp_path / "out", False) as directory:
+        (directory / PLAN).write_text("{}")
+        unfinished.save_state(directory, 0, [], {})
+        raise error
+    assert names(tmp_path) == (["out.partial"] if stays else [])
 
 
 def damage_plan(directory: Path) -> None:

@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         choices=["quick", "full", "none"],
         default="quick",
         help="what is measured for the model's card: perplexity and KL divergence (default), generated JSON and tool "
-        "calls too, or nothing",
+        "calls too, or nothing; with --stream-shards nothing, as the original is gone",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a converted model that stands at --mlx-path")
     terminal.add_quiet(p)

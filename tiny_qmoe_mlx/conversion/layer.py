@@ -33,7 +33,8 @@ BEFORE_LAYERS = -1
 class Job:
     """A conversion on its way.
 
-    found, specs: expert layers by the index of their decoder layer. streams: float32 (sequences, length, d) by name,
+    spec: the container's words. found, experts: expert layers, and their stand-ins in the model, by the index of their
+    decoder layer. kept: paths of what is not quantized. streams: float32 (sequences, length, d) by name,
     "reference" and "compressed", after the layer `finished`; none without calibration. facts: a plain object per
     finished layer. shards: where the weights come from while they are needed. uploader: where finished files go.
     """

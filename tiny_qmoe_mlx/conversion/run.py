@@ -143,7 +143,9 @@ def _write(
             check_space(output, sum(s.data_bytes for s in job.spec.layers if s.layer > job.finished))
             _run(job, tokens)
             rest.write_words(located.directory, config, job.spec, settings.rest_bits, directory)
-            report.write_report(directory, located.directory, {"layers": job.facts}, asdict(settings), output.name)
+            sizes = len({layer.record_bytes for layer in job.spec.layers})  # 1 where layers could not differ
+            made = {**asdict(settings), "record_sizes": sizes}
+            report.write_report(directory, located.directory, {"layers": job.facts}, made, output.name)
             write_manifest(directory)
             if uploader:
                 with contextlib.suppress(hub.HubError):  # `finish` sends what is missing, or says why it cannot

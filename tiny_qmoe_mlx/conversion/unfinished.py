@@ -1,8 +1,9 @@
 """A conversion under way on disk: a directory beside the output that a second run goes on with, until it is whole.
 
 `OUT.partial` holds finished files of the model, `conversion.json` (what was asked, of which source, and the sizes that
-follow from both) and `state.safetensors` (the last finished layer, and what flows on from it). It becomes `OUT` by one
-rename. Every file is whole or absent, so the process may be killed at any moment.
+follow from both), `state.safetensors` (the last finished layer, and what flows on from it) and, where the model wrote
+its own text, `calibration.npy`. It becomes `OUT` by one rename. Every file is whole or absent, so the process may be
+killed at any moment.
 """
 
 import contextlib
@@ -42,8 +43,8 @@ BEGIN_ANEW = "or remove that directory to begin anew"
 @contextlib.contextmanager
 def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """Lock the unfinished directory of an output, made if there is none, and rename it to `out` when the block ends
-    well. When the block is stopped or the disk fails, it stays for the next run once anything in it is finished; when
-    the source or what was asked does not serve (ValueError), it vanishes, unless an earlier run left it.
+    well. When the block is stopped, or the disk or the hub fails, it stays for the next run once anything in it is
+    finished; when weights or settings do not serve (ValueError itself), it vanishes, unless an earlier run left it.
 
     Raises:
         FileExistsError: `out` is in the way, or the unfinished directory is a stranger's.
@@ -64,7 +65,7 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         for name in (TOKENS, STATE, PLAN):  # last, so that no moment is lost; where they stay they do no harm
             (target / name).unlink(missing_ok=True)
     except BaseException as error:
-        useless = isinstance(error, ValueError) and not isinstance(error, CannotGoOn)
+        useless = type(error) is ValueError  # not FormatError: a hub that cannot be reached may be there tomorrow
         if ours and not earlier and (useless or not (directory / STATE).exists()):
             shutil.rmtree(directory, ignore_errors=True)
         raise
