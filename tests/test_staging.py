@@ -1,0 +1,149 @@
+"""Directories whole or not at all, and the package itself."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from container_files import layer_spec
+from records import write_model
+
+from tiny_qmoe_mlx import container, staging
+from tiny_qmoe_mlx.container import MANIFEST, LayerSpec, open_model
+
+pytest_plugins = ["container_fixtures"]
+
+
+# ---- directories: whole or not at all
+
+
+def test_a_directory_appears_when_it_is_whole(tmp_path):
+    with staging.staged_directory(tmp_path / "deep" / "out") as staged:
+        assert staged.parent == tmp_path / "deep" and not (tmp_path / "deep" / "out").exists()
+        (staged / "a").write_text("x")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "a").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_stays_after_an_error(tmp_path, error):
+    with pytest.raises(error), staging.staged_directory(tmp_path / "out") as staged:
+        (staged / "a").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_directory_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with staging.staged_directory(tmp_path / "out") as staged:
+        (staged / "a").write_text("x")
+    assert (tmp_path / "out" / "a").exists()
+
+
+def test_what_is_in_the_way_is_never_removed(tmp_path, model):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for name, message in (("file", "is no directory"), ("full", "is no converted model"), ("/", "root of a file")):
+        with pytest.raises(OSError, match=message), staging.staged_directory(tmp_path / name, overwrite=True):
+            raise AssertionError("should have been refused at once")
+    with pytest.raises(OSError, match="--overwrite replaces it"), staging.staged_directory(model):
+        raise AssertionError("should have been refused at once")
+    (model / "thesis.tex").write_text("mine")
+    with pytest.raises(OSError, match="thesis.tex"), staging.staged_directory(model, overwrite=True):
+        raise AssertionError("should have been refused at once")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == (model / "thesis.tex").read_text() == "mine"
+
+
+def test_a_converted_model_is_replaced_only_when_the_new_one_is_whole(model):
+    before = (model / MANIFEST).read_bytes()
+    with pytest.raises(ValueError), staging.staged_directory(model, overwrite=True):
+        assert (model / MANIFEST).read_bytes() == before
+        raise ValueError
+    assert (model / MANIFEST).read_bytes() == before
+    write_model(model, seed=5)
+    assert open_model(model).spec.seed == 5
+    assert [p.name for p in model.parent.iterdir()] == ["model"]
+
+
+def test_leftovers_go_when_their_process_is_gone(tmp_path):
+    """A killed conversion leaves its directory; the next one removes it, but never a running one's."""
+    code = (
+        "import sys, time\nfrom tiny_qmoe_mlx.staging import staged_directory\n"
+        "with staged_directory(sys.argv[1]) as d:\n"
+        "    (d / 'a').write_text('x'); print('ready', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        running = tmp_path / f"out.partial-{child.pid}"
+        with staging.staged_directory(tmp_path / "out"):
+            assert running.exists()
+        shutil.rmtree(tmp_path / "out")
+    finally:
+        child.kill()
+        child.communicate()
+    assert running.exists()
+    with staging.staged_directory(tmp_path / "out"):
+        assert not running.exists()
+
+
+def test_a_model_set_aside_by_a_killed_process_comes_back(model):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    model.rename(model.with_name(f"model.replaced-{dead.stdout.strip()}"))
+    with pytest.raises(ValueError), staging.staged_directory(model, overwrite=True):
+        raise ValueError
+    open_model(model, hash_files=True)
+
+
+def test_space_is_checked_before_work(tmp_path):
+    staging.check_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(OSError, match=r"needs 1152921504606846976 bytes on its disk, \d+ are free") as error:
+        staging.check_space(tmp_path, 1 << 60)
+    assert error.value.errno == errno.ENOSPC
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB; mounting one needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk):
+    layer = LayerSpec.from_dict(layer_spec(record_bytes=1 << 18, experts=8))
+    records = (np.zeros(1 << 18, np.uint8) for _ in range(8))
+    with pytest.raises(OSError, match="disk is full") as error, staging.staged_directory(small_disk / "out") as staged:
+        container.write_experts_file(staged, layer, 128, records)
+    assert error.value.errno == errno.ENOSPC and layer.file in str(error.value)
+    assert list(small_disk.iterdir()) == []
+
+
+# ---- the package itself
+
+
+def test_importing_the_package_does_not_import_mlx():
+    code = (
+        "import sys, tiny_qmoe_mlx, tiny_qmoe_mlx.terminal, tiny_qmoe_mlx.container; print('mlx.core' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_functions_keep_their_names_beside_modules_of_the_same_name():
+    import tiny_qmoe_mlx
+    from tiny_qmoe_mlx.generate import stream_generate
+
+    assert tiny_qmoe_mlx.stream_generate is stream_generate
+    for name in ("load", "generate", "convert"):
+        assert callable(getattr(tiny_qmoe_mlx, name)), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = tiny_qmoe_mlx.nothing
