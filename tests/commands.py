@@ -1,5 +1,6 @@
 """Commands in processes of their own, as a person runs them, and what every refusal has to look like."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tiny_qmoe_mlx import terminal
 
@@ -25,6 +28,7 @@ FILES = (  # and the model card, which may be edited, with its pictures
     "tokenizer_config.json",
 )
 SMALL = ("--bits", "3", "--calibration-sequences", "8", "--calibration-tokens", "64", "--report", "none")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 INTERRUPTED = (terminal.INTERRUPTED, -signal.SIGINT)  # the shell's word for both is 130
 
 
@@ -84,3 +88,9 @@ def mapped(pid: int) -> Iterator[str]:
         yield from Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:
         return
+
+
+def generate(here, model: Path, *options: object, prompt: str = "hello there") -> dict:
+    done = here("generate", "--model", model, "--prompt", prompt, "--max-tokens", 40, "--json", *options)
+    assert done.status == 0 and done.err == "", done
+    return json.loads(done.out)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -100,3 +101,14 @@ def write_model(
         save_file({"model.norm.weight": rng.normal(size=hidden).astype(np.float32)}, staged / "model.safetensors")
         container.write_manifest(staged)
     return spec
+
+
+def pool_of(records: list[trellis.Record]) -> tuple[np.ndarray, int]:
+    """Records one after the other, and their distance."""
+    size = max(map(record_size, records))
+    return np.concatenate([trellis.pack(r, size) for r in records]), size
+
+
+def stored(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
+    """MLX arrays as numpy holds them, bfloat16 as its bits."""
+    return {n: np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in arrays.items()}

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_models
-from commands import INTERRUPTED, Result, environment, finish, mapped, names, refusal, start
+from commands import INTERRUPTED, Result, environment, finish, linux, mapped, names, refusal, start
 from mlx_lm.utils import _get_classes, save_model
 
 from tiny_qmoe_mlx import native
@@ -27,7 +27,6 @@ from tiny_qmoe_mlx import native
 pytest_plugins = ["command_fixtures"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
 MANIFEST = "tiny_qmoe_manifest.json"
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
 
 @pytest.fixture
