@@ -30,9 +30,9 @@ def no_rotation() -> Iterator[None]:
         return np.pad(x, ((0, 0), (0, len(sign) - x.shape[1])))
 
     with ExitStack() as stack:
-        for module in ("quantize", "feedback", "codecs.rotation"):
+        for module in ("conversion.quantize", "conversion.feedback", "codecs.rotation"):
             stack.enter_context(patch(f"tiny_qmoe_mlx.{module}.rotate", padded))
-        for module in ("quantize", "codecs.rotation"):
+        for module in ("conversion.quantize", "codecs.rotation"):
             stack.enter_context(patch(f"tiny_qmoe_mlx.{module}.unrotate", lambda x, sign: x))
         yield
 

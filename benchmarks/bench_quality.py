@@ -1,10 +1,11 @@
 """Quality of compressed experts on held-out text: perplexity, KL divergence and top-1 agreement with the original.
 
     python benchmarks/bench_quality.py [--quick] [--json] [--bits 1.5 2.0 3.0] [--seed 0 1 2] [--ablate] [--models ...]
+                                       [--model smollm2|gemma]
                                        [--add rivals.json] [--plot FILE.png]
 
-`rows`: SmolLM2-135M, each layer's feed-forward as one expert, ours beside MLX's affine quantization (group size 64),
-every byte counted; with several seeds (calibration passages and rotation signs) each seed's row and `medians`.
+`rows`: SmolLM2-135M (or Gemma-3-270m), each layer's feed-forward as one expert, ours beside MLX's affine quantization
+(group size 64), every byte counted; with several seeds (calibration passages and rotation signs) each seed's row and `medians`.
 `ablation`: at 2 bits, one ingredient left out or changed per row. `moe_rows`: the demo model, by `convert`, and
 the unconverted. Text for calibration and for evaluation come from other passages of the same two sources;
 `kl_other` is the KL divergence on a source that calibration never sees (texts.py).
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import dense_gemma
+import dense_llama
 import numpy as np
 import texts
 from ablations import ABLATIONS
 from common import plot_rates
-from dense_llama import CONTEXT, Dense, forward, load
+from dense_llama import CONTEXT, Dense, forward
 
 from tiny_qmoe_mlx import blas
 from tiny_qmoe_mlx.codecs import rotation, trellis
@@ -40,6 +43,7 @@ SENSED = 256  # tokens of each sequence in that measurement
 ABLATION_BITS = 2.0
 HEADER_BYTES = 512
 GROUP_SIZE = 64
+LOADERS = {"smollm2": dense_llama.load, "gemma": dense_gemma.load}
 CHUNK = 64  # tokens whose logits are in memory at once: they should fit the cache
 
 
@@ -337,6 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=float, nargs="*", default=None, help="bits per weight (default: 1.5 2 3)")
     parser.add_argument("--affine", type=int, nargs="*", default=None, help="MLX affine bits (default: 2 3 4)")
+    parser.add_argument("--model", default="smollm2", choices=LOADERS, help="the dense model (default: smollm2)")
     parser.add_argument("--models", nargs="*", default=["dense", "moe"], choices=["dense", "moe"], help="which models")
     parser.add_argument("--length", type=int, default=12, choices=trellis.LENGTHS, help="L of the trellis")
     parser.add_argument("--seed", type=int, nargs="*", default=[SEED], help="seeds of the dense rows (default: 0)")
@@ -357,16 +362,16 @@ def main() -> None:
 
 def run(args: argparse.Namespace, bits: list[float], affine_bits: list[int]) -> dict:
     """Both models' rows, as asked on the command line."""
-    model = load()
+    model = LOADERS[args.model]()
     samples = {seed: passages(model, *((4, 1) if args.quick else (CALIBRATION, 8)), seed) for seed in args.seed}
     sample = samples[args.seed[0]]
     result: dict = {}
     if args.ablate is not None:
-        print(f"SmolLM2-135M, ablation, {sample.held_out.size} tokens")
+        print(f"{args.model}, ablation, {sample.held_out.size} tokens")
         result["ablation"] = ablation(model, sample, args.ablate)
         return result
     if "dense" in args.models:
-        print(f"SmolLM2-135M, {sample.held_out.size} tokens")
+        print(f"{args.model}, {sample.held_out.size} tokens")
         result["rows"] = dense_rows(model, samples, bits, affine_bits, args.length)
         result["medians"] = medians(result["rows"])
         if args.add:

@@ -16,12 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
-import dense_gemma
-import dense_llama
 import numpy as np
 import rivals_llama_cpp
 import rivals_mlx_lm
-from bench_quality import CALIBRATION, Scorer, passages, report
+from bench_quality import CALIBRATION, LOADERS, Scorer, passages, report
 from dense_llama import Dense, Matrices
 
 from tiny_qmoe_mlx import blas
@@ -238,9 +236,6 @@ METHODS: dict[str, Method] = {
     **{f"llama.cpp {name}": partial(rivals_llama_cpp.file_type, name=name) for name in rivals_llama_cpp.FILES},
     **{f"llama.cpp-joined {name}": partial(rivals_llama_cpp.joined, name=name) for name in rivals_llama_cpp.JOINED},
 }
-
-
-LOADERS = {"smollm2": dense_llama.load, "gemma": dense_gemma.load}
 
 
 def rows(model: Dense, names: list[str], quick: bool) -> list[dict]:
