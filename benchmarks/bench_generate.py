@@ -51,12 +51,12 @@ def tokens_per_second(model: nn.Module, prompt: mx.array, count: int) -> float:
 
 def without_experts(model: nn.Module, prompt: mx.array, count: int) -> float:
     """The same with expert layers that return zeros."""
-    kept = layers.TrellisExperts.__call__
-    layers.TrellisExperts.__call__ = lambda self, x, i: mx.zeros((*i.shape, x.shape[-1]), x.dtype)
+    kept = layers.RecordExperts.__call__
+    layers.RecordExperts.__call__ = lambda self, x, i: mx.zeros((*i.shape, x.shape[-1]), x.dtype)
     try:
         return tokens_per_second(model, prompt, count)
     finally:
-        layers.TrellisExperts.__call__ = kept
+        layers.RecordExperts.__call__ = kept
 
 
 def main() -> None:

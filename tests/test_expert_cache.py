@@ -10,9 +10,10 @@ from mlx.nn import Module
 
 from tiny_qmoe_mlx import container, metal
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
-from tiny_qmoe_mlx.expert_cache import PAGE, ExpertCache, Pool
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
-from tiny_qmoe_mlx.expert_store import ExpertStore
+from tiny_qmoe_mlx.streaming.cache import ExpertCache
+from tiny_qmoe_mlx.streaming.pool import PAGE, Pool
+from tiny_qmoe_mlx.streaming.store import ExpertStore
 
 
 @pytest.fixture
@@ -39,39 +40,50 @@ def cache(model):
     made.close()
 
 
-def held(cache, offsets, size):
-    return [cache.pool_of_layer[0].data[o : o + size] for o in offsets]
+def held(cache, layer, experts, size, cold=False):
+    """Bytes of each expert while it is pinned."""
+    found = {}
+    with cache.demand(layer, sorted(experts), cold) as demand:
+        for group, offsets in demand:
+            for expert, o in zip(group, offsets, strict=True):
+                found[expert] = cache.pool_of_layer[layer].data[o : o + size].copy()
+            demand.release(group)
+    return [found[e] for e in experts]
+
+
+def touch(cache, layer, *experts, cold=False):
+    held(cache, layer, experts, 1, cold)
 
 
 def test_acquired_bytes_are_the_files(model, cache):
     size = model.spec.layers[0].record_bytes
     for layer, experts in ((0, [1, 5]), (1, [0, 2]), (0, [3, 5, 1, 0])):
-        for expert, got in zip(experts, held(cache, cache.acquire(layer, experts), size), strict=True):
+        for expert, got in zip(experts, held(cache, layer, experts, size), strict=True):
             np.testing.assert_array_equal(got, bytes_of(model, layer, expert))
-        cache.release(layer, experts)
 
 
 def test_least_recently_used_leaves_first(cache):
     for expert in (0, 1, 2, 3, 0, 4):
-        cache.acquire(0, [expert])
-        cache.release(0, [expert])
+        touch(cache, 0, expert)
     assert list(cache.pool_of_layer[0].slot_of) == [(0, 2), (0, 3), (0, 0), (0, 4)]
     assert (cache.hits, cache.misses) == (1, 5)
 
 
 def test_pinned_experts_stay_and_their_bytes_do_not_change(model, cache):
     size = model.spec.layers[0].record_bytes
-    (kept,) = held(cache, cache.acquire(0, [0]), size)
+    with cache.demand(0, [0]) as demand:
+        ((_, (offset,)),) = list(demand)
+        kept = cache.pool_of_layer[0].data[offset : offset + size]
+        assert demand.keep() == [0]
     for expert in (1, 2, 3, 4, 5, 1, 2):
-        cache.acquire(0, [expert])
-        cache.release(0, [expert])
+        touch(cache, 0, expert)
     np.testing.assert_array_equal(kept, bytes_of(model, 0, 0))
-    cache.release(0, [0])
+    cache.unpin(0, [0])
     assert not cache.pool_of_layer[0].pins
 
 
 def test_counters_are_records_times_size(model, cache):
-    cache.acquire(1, [0, 1, 2])
+    touch(cache, 1, 0, 1, 2)
     assert cache.store.records_read == 3 == cache.misses
     assert cache.store.bytes_read == 3 * model.spec.layers[1].record_bytes
 
@@ -80,7 +92,7 @@ def test_loading_all_counts_no_miss(model):
     size = model.spec.layers[0].record_bytes
     cache = ExpertCache(open_store(model), {size: 12})
     cache.load_all()
-    cache.acquire(1, [0, 5])
+    touch(cache, 1, 0, 5)
     assert (cache.hits, cache.misses, cache.store.records_read) == (2, 0, 12)
     cache.close()
 
@@ -115,10 +127,9 @@ def damage(model, layer, offset):
 def test_damaged_record_is_refused_at_first_touch_and_leaves_no_pin(model, cache):
     damage(model, 0, model.record_offset(0, 2) + 300)
     with pytest.raises(FormatError, match=r"model-experts-00000.safetensors, expert 2\].*checksum"):
-        cache.acquire(0, [1, 2])
+        touch(cache, 0, 1, 2)
     pool = cache.pool_of_layer[0]
     assert not pool.pins and len(pool.free) + len(pool.slot_of) == pool.slots
-    cache.acquire(0, [1])
 
 
 def test_record_that_fits_its_checksum_but_not_the_config_is_refused(model):
@@ -128,7 +139,7 @@ def test_record_that_fits_its_checksum_but_not_the_config_is_refused(model):
     ]
     store = ExpertStore(model, kinds)
     with pytest.raises(FormatError, match="matrix 0 should be 64 x 32, the record says 64 x 64"):
-        store.read(0, 0, np.empty(model.spec.layers[0].record_bytes, np.uint8))
+        store.read(0, [0], [np.empty(model.spec.layers[0].record_bytes, np.uint8)])
     store.close()
 
 
@@ -136,7 +147,7 @@ def test_file_that_shrank_after_opening_is_refused(model, cache):
     path = model.expert_file(0)
     path.write_bytes(path.read_bytes()[: model.record_offset(0, 3) + 10])
     with pytest.raises(FormatError, match="expert 4 should end at byte"):
-        cache.acquire(0, [4])
+        touch(cache, 0, 4)
 
 
 def test_reads_from_several_threads(model):
@@ -147,7 +158,7 @@ def test_reads_from_several_threads(model):
         rng, buffer = np.random.default_rng(seed), np.empty(size, np.uint8)
         for _ in range(50):
             layer, expert = int(rng.integers(2)), int(rng.integers(6))
-            store.read(layer, expert, buffer)
+            store.read(layer, [expert], [buffer])
             if not np.array_equal(buffer, bytes_of(model, layer, expert)):
                 failures.append((layer, expert))
 

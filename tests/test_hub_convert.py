@@ -30,7 +30,7 @@ def sharded(checkpoint, tmp_path) -> Path:
 
 
 def line(out: str, text: Path) -> tuple:
-    return ("convert", "--hf-path", "org/name", "--mlx-path", out, "--calibration", text, *SMALL, "--equal-layers")
+    return ("convert", "--hf-path", "org/name", "--mlx-path", out, "--calibration", text, *SMALL)
 
 
 def test_shards_come_and_finished_files_go(hub, run, sharded, text, tmp_path):
@@ -64,7 +64,7 @@ def test_a_finished_model_is_uploaded_by_running_again(hub, run, sharded, text, 
 
 def test_shards_of_a_directory_cannot_be_streamed(run, checkpoint, text, tmp_path):
     sentence = refusal(
-        run("convert", "--hf-path", checkpoint, "--mlx-path", "out", "--calibration", text, *SMALL, "--equal-layers",
+        run("convert", "--hf-path", checkpoint, "--mlx-path", "out", "--calibration", text, *SMALL,
             "--stream-shards")
     )  # fmt: skip
     assert "is on this disk already" in sentence and not {"out", "out.partial", "out.source"} & set(names(tmp_path))

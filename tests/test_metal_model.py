@@ -95,7 +95,7 @@ def test_resident_decode_step_of_48_layers_is_one_graph(tmp_path, monkeypatch):
 def test_a_layer_and_a_whole_token_of_the_demo(gpu):
     """Real weights: 30 layers, a prompt and one decode step; the router must choose the same experts."""
     model, tokenizer = models.load(locate.model_directory("demo", quiet=True))
-    layer = next(m for m in model.modules() if type(m).__name__ == "TrellisExperts")
+    layer = next(m for m in model.modules() if type(m).__name__ == "RecordExperts")
     rng = np.random.default_rng(0)
     x, chosen = mx.array(rng.normal(size=(1, 3, 576)).astype(np.float32)), mx.array([[[0, 3, 5, 7, 8, 11]] * 3])
     prompt, outputs, rows = mx.array(tokenizer.encode("The water cycle is"))[None], [], []

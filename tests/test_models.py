@@ -9,7 +9,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_qmoe_mlx import expert_kind, models, native, plan
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion.run import Settings, convert
+from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.generate import stream_generate
+from tiny_qmoe_mlx.streaming.profile import load_profile
+from tiny_qmoe_mlx.streaming.trace import read_trace
 
 FAMILIES = list(tiny_models.FAMILIES)
 VARIANTS = {**{f: (f, {}) for f in FAMILIES}, "mixtral top-1": ("mixtral", {"num_experts_per_tok": 1})}
@@ -115,7 +118,8 @@ def test_counters_add_up(converted):
     directory = converted("qwen3_moe")
     sizes = [layer.record_bytes for layer in open_model(directory).spec.layers]
     for share in (0, 0.5, 1):
-        model, tokenizer = models.load(directory, memory=budget(directory, share), context=512)
+        streaming = models.Streaming(lookahead="off")
+        model, tokenizer = models.load(directory, memory=budget(directory, share), context=512, streaming=streaming)
         greedy(model, tokenizer, prompt(20)[0], 20)
         stats = model.tiny_qmoe.stats()
         assert min(sizes) <= stats["bytes_read"] / stats["records_read"] <= max(sizes)
@@ -124,6 +128,71 @@ def test_counters_add_up(converted):
         assert stats["expert_hits"] > 0 or share == 0  # with the fewest slots each layer drives out the one before
         assert stats["pool_bytes"] <= stats["budget_bytes"]
         model.close()
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_tokens_depend_on_neither_lookahead_nor_readers_nor_checks(converted, variant):
+    directory, tokens = converted(variant), prompt(20)[0]
+    found = []
+    for options in ({"lookahead": "off"}, {"lookahead": "on"}, {"readers": 1, "checks": "never"}, {"checks": "always"}):
+        model, tokenizer = models.load(
+            directory, memory=budget(directory, 0.4), context=512, streaming=models.Streaming(**options)
+        )
+        found.append((greedy(model, tokenizer, tokens, 40), logits(model, prompt(3)).tobytes()))
+        stats = model.tiny_qmoe.stats()
+        assert options.get("lookahead") != "off" or stats["lookahead_reads"] == 0
+        assert stats["records_read"] <= stats["expert_misses"] + stats["lookahead_reads"]
+        model.close()
+    assert found.count(found[0]) == len(found)
+
+
+def test_every_family_with_several_layers_can_look_ahead_and_start_its_shared_expert(converted):
+    fits = {}
+    for variant in FAMILIES:
+        directory = converted(variant)
+        model, _ = models.load(directory, memory=budget(directory, 0), context=512)
+        stats = model.tiny_qmoe.stats()
+        fits[variant] = stats["lookahead_layers"], stats["shared_layers"]
+        model.close()
+    layers = {v: len(open_model(converted(v)).spec.layers) for v in FAMILIES}
+    assert {v: f[0] for v, f in fits.items()} == {v: n - 1 for v, n in layers.items()}
+    assert {v for v, f in fits.items() if f[1]} == {"ernie4_5_moe", "deepseek_v2"}
+
+
+def test_shared_expert_that_was_started_early_is_not_computed_again(converted, monkeypatch):
+    directory = converted("ernie4_5_moe")
+    model, _ = models.load(directory, budget(directory, 0), 512, streaming=models.Streaming(lookahead="off"))
+    computed = []
+    own = type(model.tiny_qmoe.memory.around[0].shared).__mro__[2]
+    plain = own.__call__
+    monkeypatch.setattr(own, "__call__", lambda self, x: computed.append(x.shape) or plain(self, x))
+    logits(model, prompt(1))
+    assert len(computed) == len(open_model(directory).spec.layers)  # all misses: each was started while they loaded
+    model.close()
+
+
+def test_profile_and_trace_of_a_run(converted, tmp_path):
+    directory = converted("qwen3_moe")
+    opened = open_model(directory)
+    files = {"profile": tmp_path / "use.json", "trace": tmp_path / "run.trace"}
+    model, tokenizer = models.load(
+        directory, budget(directory, 0.5), 512, streaming=models.Streaming(**files, lookahead="off")
+    )
+    greedy(model, tokenizer, prompt(20)[0], 10)
+    use = [u.copy() for u in model.tiny_qmoe.cache.use]
+    model.close()
+    calls = read_trace(files["trace"]).calls
+    counted = [np.zeros_like(u) for u in use]
+    for call in calls:
+        counted[call.layer][np.unique(call.chosen)] += 1
+    assert all((a == b).all() for a, b in zip(use, counted, strict=True)) and any(call.cold for call in calls)
+    assert all((a == b).all() for a, b in zip(use, load_profile(files["profile"], opened), strict=True))
+    warm, _ = models.load(directory, budget(directory, 0.5), 512, streaming=models.Streaming(profile=files["profile"]))
+    assert warm.tiny_qmoe.store.records_read > 0 == warm.tiny_qmoe.cache.misses
+    warm.close()
+    other = converted("olmoe")
+    with pytest.raises(FormatError, match="of another model|another"):
+        models.load(other, budget(other, 0.5), 512, streaming=models.Streaming(profile=files["profile"]))
 
 
 def test_each_layer_has_one_dispatch_per_step(converted):

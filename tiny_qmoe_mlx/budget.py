@@ -55,7 +55,7 @@ INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64"
 class Budget:
     """How a budget is spent.
 
-    slots: per record size, the number of pool slots; mode: "resident" where every expert has one, else "streamed".
+    slots: per record size, the number of pool slots; least_pool_bytes: of the fewest that work; mode: "resident" where every expert has one, else "streamed".
     """
 
     budget_bytes: int
@@ -67,6 +67,7 @@ class Budget:
     mode: str
     min_budget_bytes: int
     resident_budget_bytes: int
+    least_pool_bytes: int
 
     @property
     def pool_bytes(self) -> int:
@@ -145,7 +146,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
         )
     slots = counts if budget >= resident else _share(counts, least, budget - fixed)
     mode = "resident" if budget >= resident else "streamed"
-    return Budget(budget, runtime, weights, kv, scratch, slots, mode, smallest, resident)
+    return Budget(budget, runtime, weights, kv, scratch, slots, mode, smallest, resident, smallest - fixed)
 
 
 def _records(container: Container) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """The files of a converted model (docs/FORMAT.md, sections 1 to 3): write them, and open them with every bound checked.
 
 Owns the manifest and the experts files; not what a record holds (codecs/), nor the reading of records while a model
-runs (expert_store). Sizes are bytes.
+runs (streaming/store). Sizes are bytes.
 """
 
 import json

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0, help="of the rotation's signs (default 0)")
     p.add_argument("--no-drift", action="store_true", help="do not make up for what earlier layers lost")
-    p.add_argument("--equal-layers", action="store_true", help="give every layer the same bits")
+    p.add_argument("--layer-rates", action="store_true", help="more bits for layers that a probe of KL found to matter")
     p.add_argument("--revision", help="branch, tag or commit of a hub id")
     p.add_argument(
         "--stream-shards",
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
             sequence_tokens=args.calibration_tokens,
             codec=args.codec,
             drift=not args.no_drift,
-            layer_rates=not args.equal_layers,
+            layer_rates=args.layer_rates,
             seed=args.seed,
             revision=args.revision,
             stream_shards=args.stream_shards,

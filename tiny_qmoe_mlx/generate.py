@@ -70,10 +70,40 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="tokens that the budget provides for (default 2048, or what prompt and --max-tokens need)",
     )
+    add_streaming(p)
     p.add_argument("--stats", metavar="FILE", help="write the run's figures as JSON")
     terminal.add_quiet(p)
     terminal.add_json(p)
     return p
+
+
+def add_streaming(to: argparse.ArgumentParser) -> None:
+    """Add the options of how experts that are not in memory are read."""
+    to.add_argument("--profile", metavar="FILE", help="begin with the experts used most so far; written on exit")
+    to.add_argument("--trace", metavar="FILE", help="write every routing decision, for benchmarks/replay.py")
+    to.add_argument(
+        "--lookahead",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="read ahead what the next layer's router may choose (default auto: where it pays)",
+    )
+    to.add_argument("--readers", type=int, default=8, metavar="N", help="threads that read experts (default 8)")
+    to.add_argument(
+        "--checks",
+        default="first",
+        choices=("first", "always", "never"),
+        help="which reads have their checksum verified (default first: a record's first)",
+    )
+
+
+def streaming_of(args: argparse.Namespace) -> Any:
+    """The options of `add_streaming` as `load` takes them."""
+    from tiny_qmoe_mlx.models import Streaming
+
+    for name, file in (("--profile", args.profile), ("--trace", args.trace)):
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"[generate] {name} should name a file in a directory that exists, received {file}.")
+    return Streaming(args.readers, args.checks, args.lookahead, args.profile, args.trace)
 
 
 def main(argv: list[str]) -> int:
@@ -95,10 +125,12 @@ def main(argv: list[str]) -> int:
         )
     context = _context(directory, len(prompt), args)
     with terminal.Bars(args.quiet or args.json) as bars:
-        model, _ = models.load(directory, args.memory, context, bars, tokenizer)
-    with blas.shared_machine():
-        stats = _write(model, tokenizer, prompt, args)
-    model.close()
+        model, _ = models.load(directory, args.memory, context, bars, tokenizer, streaming_of(args))
+    try:
+        with blas.shared_machine():
+            stats = _write(model, tokenizer, prompt, args)
+    finally:
+        model.close()  # which writes the profile, also after Ctrl-C
     if args.stats:
         write_json(Path(args.stats), stats)
     if args.json:

@@ -7,6 +7,7 @@ import gc
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +18,122 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
+from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx import ops, probes
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.expert_cache import ExpertCache
 from tiny_qmoe_mlx.expert_kind import expert_kind
-from tiny_qmoe_mlx.expert_store import ExpertStore
-from tiny_qmoe_mlx.layers import Memory, TrellisExperts, use_cpu_kernels
+from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import CODEC, ModelSpec
+from tiny_qmoe_mlx.streaming import profile as profiles
+from tiny_qmoe_mlx.streaming.cache import READERS, ExpertCache
+from tiny_qmoe_mlx.streaming.pressure import Pressure
+from tiny_qmoe_mlx.streaming.store import ExpertStore
+from tiny_qmoe_mlx.streaming.trace import TraceWriter
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How experts that are not in memory are read.
+
+    readers: threads; checks: which reads have their checksum verified ("first", "always", "never"); lookahead: "auto",
+    "on" or "off"; profile: a file of how often each expert was used, read if it is there and written on closing; trace:
+    a file to write every routing decision into.
+    """
+
+    readers: int = READERS
+    checks: str = "first"
+    lookahead: str = "auto"
+    profile: str | Path | None = None
+    trace: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.readers <= 64:
+            raise ValueError(f"[streaming] readers should lie in 1 to 64, received {self.readers}.")
 
 
 class Runtime:
     """What a loaded model holds beside its weights: files, pool, budget, counters. `model.tiny_qmoe` is one."""
 
-    def __init__(self, container: Container, budget: budgets.Budget, layers: list[TrellisExperts]):
-        kinds = [layer._kind for layer in layers]
+    def __init__(
+        self,
+        container: Container,
+        budget: budgets.Budget,
+        layers: list[RecordExperts],
+        streaming: Streaming = Streaming(),  # noqa: B008 (frozen)
+    ):
         self.container = container
         self.budget = budget
-        self.store = ExpertStore(container, kinds)
-        self.cache = ExpertCache(self.store, budget.slots)
-        memory = Memory(self.cache)
-        self.dispatch = memory.dispatch
+        self.streaming = streaming
+        warm = _warmest(container, budget, streaming)
+        judge = ahead.Judge(streaming.lookahead)
+        self.store = ExpertStore(container, [layer._kind for layer in layers], streaming.checks)
+        self.cache = ExpertCache(self.store, budget.slots, streaming.readers)
+        self.memory = Memory(self.cache, judge=judge)
+        self.dispatch = self.memory.dispatch
         for layer in layers:
-            layer.attach(memory)
+            layer.attach(self.memory)
+        if streaming.trace:
+            self.memory.trace = TraceWriter(streaming.trace, profiles.trace_header(container))
+        for index, experts in warm.items():
+            self.cache.load(index, experts)
+        self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
+
+    def stream(self, model: nn.Module, layers: list[RecordExperts]) -> None:
+        """Get ready to overlap reads with what lies around the expert layers, and to yield memory under pressure."""
+        hidden = self.container.spec.layers[0].shapes[0][1]
+        self.memory.around = ahead.surroundings(model, layers, hidden)
+        self._pressure.start()
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading; sizes in bytes."""
+        cache, around = self.cache, self.memory.around
         return {
             "budget_bytes": self.budget.budget_bytes,
-            "resident_bytes": self.budget.weight_bytes + self.cache.pool_bytes,
+            "resident_bytes": self.budget.weight_bytes + cache.pool_bytes,
             "pool_bytes": self.budget.pool_bytes,
             "peak_memory_bytes": peak_memory(),
-            "expert_hits": self.cache.hits,
-            "expert_misses": self.cache.misses,
+            "expert_hits": cache.hits,
+            "expert_misses": cache.misses,
             "records_read": self.store.records_read,
             "bytes_read": self.store.bytes_read,
-            "io_wait_s": self.cache.io_wait_s,
-            "lookahead_reads": 0,
+            "read_retries": self.store.retries,
+            "direct_reads": self.store.direct,
+            "io_wait_s": cache.io_wait_s,
+            "disk_busy_s": cache.disk_busy_s,
+            "stalls": cache.stalls,
+            "lookahead_layers": sum(a.next_block is not None for a in around),
+            "shared_layers": sum(a.shared is not None for a in around),
+            "lookahead_reads": cache.lookahead_reads,
+            "lookahead_used": cache.lookahead_used,
             "mode": self.budget.mode,
             "dispatch": dict(self.dispatch.counts),
         }
 
     def close(self) -> None:
-        """Close the files and free the pool; the model cannot run afterwards."""
+        """Close the files, free the pool, write the profile; the model cannot run afterwards."""
+        self._pressure.stop()
         self.cache.close()
+        trace, self.memory.trace = self.memory.trace, None
+        if trace is not None:
+            trace.close()
+        if self.streaming.profile and self.memory.decisions:
+            profiles.save_profile(self.streaming.profile, self.container, self.cache.use, self.memory.decisions)
+            self.memory.decisions = 0
+
+
+def _warmest(container: Container, budget: budgets.Budget, streaming: Streaming) -> dict[int, list[int]]:
+    """Experts to begin with, of each layer, by the profile; none without one."""
+    if not streaming.profile or not Path(streaming.profile).exists():
+        return {}
+    use, warm = profiles.load_profile(streaming.profile, container), {}
+    if budget.mode == "streamed":
+        for layer, expert in profiles.warmest(use, container, budget.slots):
+            warm.setdefault(layer, []).append(expert)
+    return warm
 
 
 def peak_memory() -> int:
@@ -102,7 +172,7 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
 
 
 def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
-    """Replace every expert layer by a TrellisExperts, in place.
+    """Replace every expert layer by a RecordExperts, in place.
 
     Raises:
         FormatError: the config's layers are not the model's.
@@ -122,13 +192,13 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
                 f"[config.json] {layer.path} should have {received} (experts, matrices, bias) by the model's config, "
                 f"tiny_qmoe says {(layer.experts, layer.matrices, layer.bias)}; convert the model again."
             )
-        swapped.append((layer.path, TrellisExperts(index, expert_kind(layer, spec, found.module.activation))))
+        swapped.append((layer.path, RecordExperts(index, expert_kind(layer, spec, found.module.activation))))
     model.update_modules(tree_unflatten(swapped))
 
 
-def trellis_layers(model: nn.Module) -> list[TrellisExperts]:
+def record_layers(model: nn.Module) -> list[RecordExperts]:
     """The model's expert layers in order."""
-    found = [m for m in model.modules() if isinstance(m, TrellisExperts)]
+    found = [m for m in model.modules() if isinstance(m, RecordExperts)]
     return sorted(found, key=lambda m: m._index)
 
 
@@ -138,6 +208,7 @@ def load(
     context: int = budgets.DEFAULT_CONTEXT,
     progress: Progress = lambda what, done, total: None,
     tokenizer: TokenizerWrapper | None = None,
+    streaming: Streaming = Streaming(),  # noqa: B008 (frozen)
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a converted model under one memory budget.
 
@@ -147,6 +218,7 @@ def load(
         context: tokens of KV cache that the budget provides for.
         progress: called with (what, done, total).
         tokenizer: where it has been opened already.
+        streaming: how experts that are not in memory are read.
 
     Returns:
         (model, tokenizer) as mlx_lm.load does; `model.tiny_qmoe` has budget and counters, `model.close()` frees.
@@ -164,9 +236,12 @@ def load(
     if ops.on_gpu() and container.spec.codec == CODEC:  # MLX's own kernels compute the affine codec
         check_gpu(container.spec.length)
     model = _build(directory, container, cpu)
-    model.tiny_qmoe = Runtime(container, budget, trellis_layers(model))
+    layers = record_layers(model)
+    model.tiny_qmoe = Runtime(container, budget, layers, streaming)
     if budget.mode == "resident":
         _load_resident(model.tiny_qmoe, progress)
+    else:
+        model.tiny_qmoe.stream(model, layers)
     return model, tokenizer or open_tokenizer(directory)
 
 

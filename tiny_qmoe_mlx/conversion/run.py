@@ -109,7 +109,7 @@ def _check_together(settings: Settings, stream_shards: bool, finetune: bool) -> 
         )
     if stream_shards and (settings.layer_rates or settings.calibration in ("self", "auto")):
         raise ValueError(
-            "[convert] with stream_shards every shard should be read once; set layer_rates to False (--equal-layers) "
+            "[convert] with stream_shards every shard should be read once; leave out layer_rates (--layer-rates) "
             "and take calibration builtin, none or a file."
         )
 

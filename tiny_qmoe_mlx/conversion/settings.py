@@ -29,7 +29,7 @@ class Settings:
     sequences: int = 64
     sequence_tokens: int = 256
     drift: bool = True
-    layer_rates: bool = True
+    layer_rates: bool = False
     seed: int = 0
 
     def check(self) -> None:

@@ -26,7 +26,7 @@ from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.conversion.rest import write_shard
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
-from tiny_qmoe_mlx.expert_store import ExpertStore
+from tiny_qmoe_mlx.streaming.store import ExpertStore
 from tiny_qmoe_mlx.finetune.distill import Progress, Schedule, Teacher, distill, held_out_loss, teach
 from tiny_qmoe_mlx.finetune.model import Decoded, GainedExperts, decoded, in_stored_order
 from tiny_qmoe_mlx.layers import use_cpu_kernels
@@ -223,7 +223,7 @@ def differentiable(opened: Container, progress: Progress) -> tuple[ExpertStore, 
     model, _ = load_model(opened.directory, lazy=True, get_model_classes=models.model_classes(opened.spec))
     model.update_modules(tree_unflatten([(path, _dense(m)) for path, m in _quantized(model)]))
     model.set_dtype(mx.float32)
-    layers = models.trellis_layers(model)
+    layers = models.record_layers(model)
     store = ExpertStore(opened, [layer._kind for layer in layers])
     total, swapped = sum(spec.experts for spec in opened.spec.layers), []
     for index, layer in enumerate(layers):
@@ -261,7 +261,7 @@ def _record(opened: Container, store: ExpertStore, layer: int, expert: int) -> t
     """A record's bytes, checked, and its parts as views of them."""
     spec = opened.spec.layers[layer]
     data = np.empty(spec.record_bytes, np.uint8)
-    store.read(layer, expert, data)
+    store.read(layer, [expert], [data])
     return data, trellis.parse(data, spec.shapes, spec.bias, f"{spec.file}, expert {expert}")
 
 

@@ -179,7 +179,7 @@ def layer_kl(
     own = dict(pair.original.named_modules())
     p, found = _log_probabilities(pair.original, window), []
     mx.eval(p)
-    for i, (layer, experts) in enumerate(zip(layers, models.trellis_layers(pair.converted), strict=True)):
+    for i, (layer, experts) in enumerate(zip(layers, models.record_layers(pair.converted), strict=True)):
         pair.original.update_modules(tree_unflatten([(layer.path, experts)]))
         kl = _divergence(p, _log_probabilities(pair.original, window)).mean().item()
         pair.original.update_modules(tree_unflatten([(layer.path, own[layer.path])]))

@@ -1,0 +1,203 @@
+"""Which expert leaves a full pool: four policies and the optimum, for replays of a routing trace.
+
+A policy of `slots` slots has `key in policy`, `touch(key)` for a hit, and `insert(key, keep)` for a miss, which makes
+room without throwing out what `keep` holds: the pins of the call under way. `serve` runs one call through any of them.
+"""
+
+import heapq
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+PREFILL_SLOTS = 16  # through which the engine reads a prefill's misses
+FAR = 1 << 62
+
+
+class Lru:
+    """Least recently used."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.order: OrderedDict[int, None] = OrderedDict()  # next to leave first
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.order
+
+    def touch(self, key: int) -> None:
+        self.order.move_to_end(key)
+
+    def insert(self, key: int, keep: Collection[int]) -> None:
+        if len(self.order) >= self.slots:
+            del self.order[next(k for k in self.order if k not in keep)]
+        self.order[key] = None
+
+
+class EngineLru(Lru):
+    """LRU with the engine's rule for a prefill: its hits do not move, its misses go through at most 16 slots, are the
+    next to leave, and so cost the experts of decode no more than that many.
+    """
+
+    def prefill(self, keys: Sequence[int]) -> int:
+        """Serve one call; returns its misses."""
+        own: deque[int] = deque()
+        misses = 0
+        for key in keys:
+            if key in self.order:
+                continue
+            misses += 1
+            if len(self.order) >= self.slots:
+                reuse = len(own) >= min(PREFILL_SLOTS, self.slots)
+                del self.order[own.popleft() if reuse else next(k for k in self.order if k not in own)]
+                own.append(key)
+            self.order[key] = None
+            self.order.move_to_end(key, last=False)
+        return misses
+
+
+class LfuDa:
+    """Least frequently used with dynamic ageing (Arlitt and others, 2000): a key's priority is its number of uses since
+    it came in, plus the priority of the last one that left; ties leave in order of use.
+    """
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.age = 0
+        self.clock = 0
+        self.entry: dict[int, tuple[int, int, int]] = {}  # key: (priority, time of use, uses)
+        self.heap: list[tuple[int, int, int]] = []  # (priority, time of use, key), stale ones among them
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.entry
+
+    def touch(self, key: int) -> None:
+        self._set(key, self.entry[key][2] + 1)
+
+    def _set(self, key: int, uses: int) -> None:
+        self.clock += 1
+        self.entry[key] = (self.age + uses, self.clock, uses)
+        heapq.heappush(self.heap, (self.age + uses, self.clock, key))
+
+    def insert(self, key: int, keep: Collection[int]) -> None:
+        if len(self.entry) >= self.slots:
+            pinned = []
+            while True:
+                item = heapq.heappop(self.heap)
+                if self.entry.get(item[2], (None, None))[:2] != item[:2]:
+                    continue
+                if item[2] not in keep:
+                    break
+                pinned.append(item)
+            self.age = item[0]
+            del self.entry[item[2]]
+            for other in pinned:
+                heapq.heappush(self.heap, other)
+        self._set(key, 1)
+
+
+class Clock:
+    """Second chance: a hand goes round the slots, spares those used since it last came by, and takes the next."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.keys: list[int] = []
+        self.used: list[bool] = []
+        self.place: dict[int, int] = {}
+        self.hand = 0
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.place
+
+    def touch(self, key: int) -> None:
+        self.used[self.place[key]] = True
+
+    def insert(self, key: int, keep: Collection[int]) -> None:
+        if len(self.keys) < self.slots:
+            self.place[key] = len(self.keys)
+            self.keys.append(key)
+            self.used.append(True)
+            return
+        while self.used[self.hand] or self.keys[self.hand] in keep:
+            self.used[self.hand] = self.used[self.hand] and self.keys[self.hand] in keep
+            self.hand = (self.hand + 1) % self.slots
+        del self.place[self.keys[self.hand]]
+        self.keys[self.hand], self.used[self.hand], self.place[key] = key, True, self.hand
+        self.hand = (self.hand + 1) % self.slots
+
+
+POLICIES: dict[str, Callable[[int], Any]] = {
+    "lru": EngineLru,
+    "lru, prefill alike": Lru,
+    "lfu-da": LfuDa,
+    "clock": Clock,
+}
+BELADY = "belady"
+
+
+def groups(keys: Sequence[int], cold: bool, slots: int) -> list[Sequence[int]]:
+    """A call's keys in the parts that must be in the pool at once: decode all of them, as far as the pool goes; prefill
+    one after the other.
+    """
+    size = 1 if cold else slots
+    return [keys[i : i + size] for i in range(0, len(keys), size)]
+
+
+def serve(policy: Any, keys: Sequence[int], cold: bool) -> int:
+    """One call of distinct keys through a policy; returns its misses."""
+    if cold and hasattr(policy, "prefill"):
+        return policy.prefill(keys)
+    misses = 0
+    for group in groups(keys, cold, policy.slots):
+        keep = set(group)
+        absent = [key for key in group if key not in policy]
+        for key in group:
+            if key in policy:
+                policy.touch(key)
+        for key in absent:
+            policy.insert(key, keep)
+        misses += len(absent)
+    return misses
+
+
+def belady(calls: Sequence[tuple[Sequence[int], bool]], slots: int) -> list[int]:
+    """Misses of each call (its keys, whether it is a prefill) where the key that leaves is always the one whose next
+    use is farthest (Belady 1966): nobody who has to hold a call's keys at once can do better.
+    """
+    parts = [(index, group) for index, (keys, cold) in enumerate(calls) for group in groups(keys, cold, slots)]
+    following = _next_uses([group for _, group in parts])
+    held: dict[int, int] = {}  # key: its next use
+    heap: list[tuple[int, int]] = []  # (-next use, key), stale ones among them
+    misses = [0] * len(calls)
+    for (index, group), nexts in zip(parts, following, strict=True):
+        keep = set(group)
+        absent = [key for key in group if key not in held]
+        misses[index] += len(absent)
+        for _ in range(len(held) + len(absent) - slots):
+            _drop_farthest(held, heap, keep)
+        for key, use in zip(group, nexts, strict=True):
+            held[key] = use
+            heapq.heappush(heap, (-use, key))
+    return misses
+
+
+def _next_uses(parts: list[Sequence[int]]) -> list[list[int]]:
+    """For each key of each part, the part that uses it next."""
+    seen: dict[int, int] = {}
+    found: list[list[int]] = [[] for _ in parts]
+    for at in range(len(parts) - 1, -1, -1):
+        found[at] = [seen.get(key, FAR) for key in parts[at]]
+        seen.update(dict.fromkeys(parts[at], at))
+    return found
+
+
+def _drop_farthest(held: dict[int, int], heap: list[tuple[int, int]], keep: set[int]) -> None:
+    pinned = []
+    while True:
+        use, key = item = heapq.heappop(heap)
+        if held.get(key) != -use:
+            continue
+        if key not in keep:
+            break
+        pinned.append(item)
+    del held[key]
+    for other in pinned:
+        heapq.heappush(heap, other)

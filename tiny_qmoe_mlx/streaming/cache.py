@@ -1,0 +1,333 @@
+"""Which experts are in memory, and the way of those that are not: demands, lookahead, pressure.
+
+One lock guards all that is known of slots; nobody holds it while a disk or a product works. A slot in use is pinned
+from the demand to its release, so it is never refilled while a product may read it.
+"""
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from tiny_qmoe_mlx.streaming.pool import Key, Pool
+from tiny_qmoe_mlx.streaming.readers import Read, Readers
+from tiny_qmoe_mlx.streaming.store import ExpertStore
+
+READERS = 8
+RUN_BYTES = 1 << 20  # adjacent records are read in one go up to so many bytes
+SWEEP = 16  # slots that a prefill reads through
+GROUP = 4  # experts that a prefill computes at once: its threads share whole experts
+STALL_S = 5.0  # seconds without a record before it is reported
+log = logging.getLogger("tiny_qmoe_mlx")
+
+
+class ExpertCache:
+    """Experts of all layers under one budget.
+
+    Attributes:
+        hits, misses: demands served from memory and from disk; the load of a resident model counts as neither.
+        io_wait_s: seconds that products waited for misses; stalls: waits of more than five seconds.
+        lookahead_reads, lookahead_used: records read because they were expected, and how many of them were demanded.
+        use: int64 (experts,) for each layer, how often an expert was demanded.
+    """
+
+    def __init__(self, store: ExpertStore, slots: dict[int, int], readers: int = READERS):
+        """slots: number of slots per record size in bytes; readers: threads."""
+        layers = store.container.spec.layers
+        self.store = store
+        self.pools = {size: Pool(size, count) for size, count in slots.items()}
+        self.pool_of_layer = [self.pools[layer.record_bytes] for layer in layers]
+        self.hits = self.misses = self.stalls = self.lookahead_reads = self.lookahead_used = 0
+        self.io_wait_s = 0.0
+        self.use = [np.zeros(layer.experts, np.int64) for layer in layers]
+        self._changed = threading.Condition()
+        self._loading: dict[Key, tuple[Read, int]] = {}  # with the slot
+        self._expected: list[dict[int, Read]] = [{} for _ in layers]  # lookahead of each layer: expert, read
+        self._readers = Readers(store, readers, self._finished)
+
+    @property
+    def pool_bytes(self) -> int:
+        return sum(pool.array.nbytes - len(pool.withdrawn) * pool.record_bytes for pool in self.pools.values())
+
+    @property
+    def disk_busy_s(self) -> float:
+        return self._readers.busy_s
+
+    def experts_of(self, layer: int) -> int:
+        """Number of a layer's experts."""
+        return self.store.container.spec.layers[layer].experts
+
+    def slots(self, layer: int) -> np.ndarray:
+        """Slot of each expert of a layer, int64 (experts,); 0 for those that are not in memory."""
+        with self._changed:
+            held = self.pool_of_layer[layer].slot_of
+            return np.array([held.get((layer, e), 0) for e in range(self.experts_of(layer))])
+
+    def load_all(self, progress: Callable[[int], None] = lambda n: None) -> None:
+        """Read every expert of every layer into its slot; needs a slot for each."""
+        for layer, spec in enumerate(self.store.container.spec.layers):
+            self.load(layer, range(spec.experts))
+            progress(spec.experts)
+        for pool in self.pools.values():
+            pool.resident = True
+
+    def load(self, layer: int, experts: Iterable[int]) -> None:
+        """Bring experts into memory ahead of any demand, without counting them."""
+        with Demand(self, layer, list(experts), cold=False, count=False) as demand:
+            for group, _ in demand:
+                demand.release(group)
+
+    def demand(self, layer: int, experts: list[int], cold: bool = False) -> "Demand":
+        """Ask for a layer's experts.
+
+        Args:
+            layer: index among the MoE layers.
+            experts: distinct, ascending.
+            cold: read through few slots, in file order, and leave those that are in use often alone (prefill).
+        """
+        self.use[layer][experts] += 1
+        return Demand(self, layer, experts, cold)
+
+    def expect(self, layer: int, experts: list[int]) -> None:
+        """Read experts that a later demand of the layer may name, when the disk has nothing else to do.
+
+        They take at most a quarter of the slots; those that the demand does not name leave first.
+        """
+        pool, reads = self.pool_of_layer[layer], []
+        with self._changed:
+            self._settle_expected(layer, set())  # of a demand that never came
+            for expert in experts:
+                key = (layer, expert)
+                if key in pool.slot_of or key in self._loading or len(reads) >= pool.slots // 4:
+                    continue
+                if (slot := pool.take()) is None:
+                    break
+                read = Read(layer, [expert], [pool.slot(slot)])
+                self._loading[key] = read, slot
+                self._expected[layer][expert] = read
+                reads.append(read)
+        self._readers.submit(reads, demanded=False)
+
+    def _settle_expected(self, layer: int, demanded: set[int]) -> None:
+        """What was expected of a layer is demanded, dropped before it is read, or the first to leave."""
+        pool = self.pool_of_layer[layer]
+        for expert, read in self._expected[layer].items():
+            key = (layer, expert)
+            if expert in demanded:
+                self._readers.promote(read)
+                self.lookahead_reads += 1
+                self.lookahead_used += 1
+            elif key in self._loading and self._readers.drop(read):
+                pool.free.append(self._loading.pop(key)[1])
+            else:
+                self.lookahead_reads += 1
+                if key in pool.slot_of:
+                    pool.slot_of.move_to_end(key, last=False)
+        self._expected[layer].clear()
+
+    def _request(self, layer: int, missing: deque[int], most: int) -> int:
+        """Start to read up to `most` of the missing experts into what slots there are; how many."""
+        pool, size = self.pool_of_layer[layer], self.pool_of_layer[layer].record_bytes
+        reads: list[Read] = []
+        slots: list[list[int]] = []
+        for _ in range(min(most, len(missing))):
+            if (slot := pool.take()) is None:
+                break
+            expert = missing.popleft()
+            joins = reads and reads[-1].experts[-1] == expert - 1 and (len(reads[-1].experts) + 1) * size <= RUN_BYTES
+            if not joins:
+                reads.append(Read(layer, [], []))
+                slots.append([])
+            reads[-1].experts.append(expert)
+            reads[-1].into.append(pool.slot(slot))
+            slots[-1].append(slot)
+        for read, places in zip(reads, slots, strict=True):
+            for expert, slot in zip(read.experts, places, strict=True):
+                self._loading[layer, expert] = read, slot
+        self._readers.submit(reads)
+        return sum(len(read.experts) for read in reads)
+
+    def _finished(self, read: Read) -> None:
+        """In a reader's thread: what was read is in memory, or its slots are free again."""
+        with self._changed:
+            pool = self.pool_of_layer[read.layer] if self.pool_of_layer else None
+            for expert in read.experts:
+                key = (read.layer, expert)
+                _, slot = self._loading.pop(key, (None, 0))
+                if pool is None:  # closed meanwhile
+                    continue
+                if read.error is None:
+                    pool.slot_of[key] = slot
+                else:
+                    pool.free.append(slot)
+            self._changed.notify_all()
+
+    def unpin(self, layer: int, experts: Iterable[int]) -> None:
+        """Give back the pins that `Demand.keep` handed out."""
+        with self._changed:
+            for expert in experts:
+                self.pool_of_layer[layer].unpin((layer, expert))
+            self._changed.notify_all()
+
+    def shrink(self, size: int) -> int:
+        """Give memory back to the system, of the experts that are first to leave; bytes that it was.
+
+        Pools whose experts are all in memory for good stay as they are.
+        """
+        return self._resize(size, Pool.withdraw)
+
+    def grow(self, size: int) -> int:
+        """Use memory again that `shrink` gave back; bytes that it was."""
+        return self._resize(size, Pool.restore)
+
+    def _resize(self, size: int, change: Callable[[Pool, int], int]) -> int:
+        pools = [pool for pool in self.pools.values() if not pool.resident]
+        total, done = sum(p.slots * p.record_bytes for p in pools), 0
+        with self._changed:
+            for pool in pools:
+                share = size * pool.slots // max(1, total)
+                done += change(pool, share) * pool.record_bytes
+            self._changed.notify_all()
+        return done
+
+    def close(self) -> None:
+        """Stop the readers and drop the pools; a second call does nothing."""
+        if self._readers.close():
+            self.store.close()
+        else:  # a reader may still write: its slot must stay where it is, and its file open
+            for pool in self.pools.values():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool.array))
+        with self._changed:
+            self.pools.clear()
+            self.pool_of_layer.clear()
+
+
+class Demand:
+    """A layer's experts on their way to a product. Iterating gives (experts, offsets int64 in the pool's `data`) of
+    those in memory first, then of the others as they arrive; each group is pinned until `release`. A context manager:
+    leaving it releases what is left.
+
+    Iterating raises what reading raised: FormatError, OSError.
+    """
+
+    def __init__(self, cache: ExpertCache, layer: int, experts: list[int], cold: bool, count: bool = True):
+        self._cache, self._layer, self._cold = cache, layer, cold
+        self._pool = cache.pool_of_layer[layer]
+        self._pinned: set[int] = set()
+        self._reading: dict[int, Read] = {}
+        self._missing: deque[int] = deque()
+        self._present: list[int] = []
+        with cache._changed:
+            cache._settle_expected(layer, set(experts))
+            for expert in experts:
+                self._look(expert)
+            if count:
+                cache.hits += len(self._present)
+                cache.misses += len(experts) - len(self._present)
+            self._ask()
+
+    @property
+    def waits(self) -> bool:
+        """Whether some experts are not in memory yet."""
+        return bool(self._reading or self._missing)
+
+    def _look(self, expert: int) -> None:
+        key = (self._layer, expert)
+        if key in self._pool.slot_of:
+            self._present.append(expert)
+            self._pin(expert)
+            if not self._cold:
+                self._pool.slot_of.move_to_end(key)
+        elif key in self._cache._loading:
+            self._reading[expert] = self._cache._loading[key][0]
+            self._pin(expert)
+        else:
+            self._missing.append(expert)
+
+    def _pin(self, expert: int) -> None:
+        self._pinned.add(expert)
+        self._pool.pin((self._layer, expert))
+
+    def _ask(self) -> None:
+        """Read as many of the missing as there are slots, in a prefill as its window has room."""
+        most = len(self._missing)
+        if self._cold:
+            most = min(most, SWEEP - len(self._pinned) + len(self._present))
+        if most <= 0:
+            return
+        before = list(self._missing)[:most]
+        for expert in before[: self._cache._request(self._layer, self._missing, most)]:
+            self._reading[expert] = self._cache._loading[self._layer, expert][0]
+            self._pin(expert)
+
+    def __iter__(self) -> Iterator[tuple[list[int], np.ndarray]]:
+        if self._present:
+            yield self._group(self._present)
+        while self.waits:
+            yield self._group(self._arrived())
+
+    def _group(self, experts: list[int]) -> tuple[list[int], np.ndarray]:
+        slots = [self._pool.slot_of[self._layer, expert] for expert in experts]
+        return experts, np.array(slots, np.int64) * self._pool.record_bytes
+
+    def _arrived(self) -> list[int]:
+        """Wait until some of what is read is in memory, in a prefill for a few of them."""
+        start, cache = time.perf_counter(), self._cache
+        with cache._changed:
+            self._ask()
+            while not (found := self._done()):
+                if not cache._changed.wait(STALL_S) and time.perf_counter() - start > STALL_S:
+                    self._report(time.perf_counter() - start)
+                self._ask()
+            cache.io_wait_s += time.perf_counter() - start
+        return found
+
+    def _done(self) -> list[int]:
+        """Experts that have been read and not been given out yet; none where a prefill may wait for more."""
+        layer, found = self._layer, []
+        for expert, read in self._reading.items():
+            if read.error is not None:
+                raise read.error
+            if (layer, expert) in self._pool.slot_of:
+                found.append(expert)
+        if self._cold and len(found) < min(GROUP, len(self._reading)):
+            return []
+        for expert in found:
+            del self._reading[expert]
+        return found
+
+    def _report(self, seconds: float) -> None:
+        self._cache.stalls += 1
+        name = self._cache.store.container.expert_file(self._layer)
+        log.warning("[%s] experts have not come for %.0f s: the disk stalls; waiting", name, seconds)
+
+    def release(self, experts: Iterable[int]) -> None:
+        """Products of these experts are done; those that a prefill read are the first to leave."""
+        with self._cache._changed:
+            for expert in experts:
+                key = (self._layer, expert)
+                self._pinned.discard(expert)
+                self._pool.unpin(key)
+                if self._cold and expert not in self._present:
+                    self._pool.slot_of.move_to_end(key, last=False)
+            self._cache._changed.notify_all()
+
+    def keep(self) -> list[int]:
+        """Hand the pins over to the caller, who gives them back by `ExpertCache.unpin`."""
+        kept = sorted(self._pinned)
+        self._pinned.clear()
+        return kept
+
+    def __enter__(self) -> "Demand":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._cache._changed:
+            for expert in self._pinned:
+                self._pool.unpin((self._layer, expert))
+            self._pinned.clear()
+            self._cache._changed.notify_all()
