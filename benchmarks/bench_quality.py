@@ -5,7 +5,8 @@
                                        [--add rivals.json] [--plot FILE.png]
 
 `rows`: SmolLM2-135M (or Gemma-3-270m), each layer's feed-forward as one expert, ours beside MLX's affine quantization
-(group size 64), every byte counted; with several seeds (calibration passages and rotation signs) each seed's row and `medians`.
+(group size 64), every byte counted; with several seeds (calibration passages and rotation signs) each seed's row and
+`medians`.
 `ablation`: at 2 bits, one ingredient left out or changed per row. `moe_rows`: the demo model, by `convert`, and
 the unconverted. Text for calibration and for evaluation come from other passages of the same two sources;
 `kl_other` is the KL divergence on a source that calibration never sees (texts.py).

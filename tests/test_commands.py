@@ -114,6 +114,8 @@ def test_stats_have_every_key_and_add_up(converted, planned, tmp_path, here, sha
         40,
         "--memory",
         budget,
+        "--lookahead",
+        "off",
         "--stats",
         tmp_path / "s.json",
     )

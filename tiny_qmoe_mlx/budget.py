@@ -55,7 +55,8 @@ INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64"
 class Budget:
     """How a budget is spent.
 
-    slots: per record size, the number of pool slots; least_pool_bytes: of the fewest that work; mode: "resident" where every expert has one, else "streamed".
+    slots: per record size, the number of pool slots; least_pool_bytes: of the fewest that work; mode: "resident" where
+    every expert has one, else "streamed".
     """
 
     budget_bytes: int

@@ -6,6 +6,7 @@ the block is called with its expert layer in probe mode, and only the indices ar
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,7 @@ def guess(block: nn.Module, x: mx.array) -> mx.array | None:
     return found[0] if len(found) == 1 else None
 
 
-def surroundings(model: nn.Module, layers: list[nn.Module], hidden: int) -> list[Around]:
+def surroundings(model: nn.Module, layers: Sequence[nn.Module], hidden: int) -> list[Around]:
     """Of each expert layer, by calls on zeros with nothing evaluated."""
     blocks = [_parent(model, layer) for layer in layers]
     fits = [block is not None and guess(block, mx.zeros((1, 1, hidden))) is not None for block in blocks]
@@ -124,7 +125,7 @@ class Judge:
         return not self.rests
 
     def weigh(self, read: int, used: int, busy_s: float, now: float) -> None:
-        """After an expectation: records read and used by lookahead, disk busy seconds and the clock, all since loading."""
+        """After an expectation: records read and used by lookahead, disk busy seconds and the clock, since loading."""
         if self.mode != "auto" or self._asked < WINDOW:
             return
         old, self._before, self._asked = self._before, (read, used, busy_s, now), 0

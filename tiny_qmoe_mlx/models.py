@@ -129,7 +129,8 @@ def _warmest(container: Container, budget: budgets.Budget, streaming: Streaming)
     """Experts to begin with, of each layer, by the profile; none without one."""
     if not streaming.profile or not Path(streaming.profile).exists():
         return {}
-    use, warm = profiles.load_profile(streaming.profile, container), {}
+    use = profiles.load_profile(streaming.profile, container)
+    warm: dict[int, list[int]] = {}
     if budget.mode == "streamed":
         for layer, expert in profiles.warmest(use, container, budget.slots):
             warm.setdefault(layer, []).append(expert)

@@ -22,8 +22,8 @@ from mlx_lm.models.switch_layers import SwiGLU
 
 from tiny_qmoe_mlx import budget, native, ops
 from tiny_qmoe_mlx.codecs import rotation, trellis
-from tiny_qmoe_mlx.streaming.pool import Pool
 from tiny_qmoe_mlx.expert_kind import ExpertKind, check_record
+from tiny_qmoe_mlx.streaming.pool import Pool
 
 MODELS = {  # hidden, width of an expert, experts a token takes
     "OLMoE-1B-7B": (2048, 1024, 8),

@@ -26,11 +26,11 @@ from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.conversion.rest import write_shard
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
-from tiny_qmoe_mlx.streaming.store import ExpertStore
 from tiny_qmoe_mlx.finetune.distill import Progress, Schedule, Teacher, distill, held_out_loss, teach
 from tiny_qmoe_mlx.finetune.model import Decoded, GainedExperts, decoded, in_stored_order
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.streaming.store import ExpertStore
 
 PROGRAM_BYTES = 400 << 20  # the interpreter, its libraries, the tokenizer
 SMALLEST_GAIN, LARGEST_GAIN = 2.0**-14, 65504.0  # float16's normal range

@@ -97,7 +97,8 @@ class ExpertCache:
 
         They take at most a quarter of the slots; those that the demand does not name leave first.
         """
-        pool, reads = self.pool_of_layer[layer], []
+        pool = self.pool_of_layer[layer]
+        reads: list[Read] = []
         with self._changed:
             self._settle_expected(layer, set())  # of a demand that never came
             for expert in experts:

@@ -96,7 +96,7 @@ def _zeros(rows: int, columns: int) -> mx.array:
 
 
 def _give_back(memory: np.ndarray) -> None:
-    """Tell the system that whole pages of this memory hold nothing; what macOS takes of a GPU's buffer is unmeasured."""
+    """Tell the system that whole pages of this memory hold nothing; what macOS takes of a GPU buffer is unmeasured."""
     start = -(-memory.ctypes.data // PAGE) * PAGE
     size = (memory.ctypes.data + memory.nbytes) // PAGE * PAGE - start
     if size > 0:
