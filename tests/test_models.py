@@ -1,5 +1,9 @@
 """Converted models of six families against plain mlx-lm on the same dequantized weights."""
 
+import gc
+import threading
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -171,6 +175,18 @@ def test_shared_expert_that_was_started_early_is_not_computed_again(converted, m
     early = [t for t in computed if issubclass(t, Early)]  # the dense layer before them is of the plain class
     assert len(early) == len(open_model(directory).spec.layers)  # all misses: each was started while they loaded
     model.close()
+
+
+def test_model_that_is_forgotten_frees_its_pool_and_threads(converted):
+    directory = converted("olmoe")
+    before = threading.active_count()
+    model, _ = models.load(directory, budget(directory, 0.5), 512)
+    logits(model, prompt(2))
+    pool = weakref.ref(model.tiny_qmoe.cache.pool_of_layer[0])
+    assert threading.active_count() > before
+    del model
+    gc.collect()
+    assert pool() is None and threading.active_count() == before
 
 
 def test_profile_and_trace_of_a_run(converted, tmp_path):

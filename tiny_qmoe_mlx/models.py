@@ -6,6 +6,7 @@
 import gc
 import resource
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ class Runtime:
         for index, experts in warm.items():
             self.cache.load(index, experts)
         self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
+        # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
+        self._end = weakref.finalize(self, _end, self._pressure, self.cache)
 
     def stream(self, model: nn.Module, layers: list[RecordExperts]) -> None:
         """Get ready to overlap reads with what lies around the expert layers, and to yield memory under pressure."""
@@ -115,14 +118,18 @@ class Runtime:
 
     def close(self) -> None:
         """Close the files, free the pool, write the profile; the model cannot run afterwards."""
-        self._pressure.stop()
-        self.cache.close()
+        self._end()
         trace, self.memory.trace = self.memory.trace, None
         if trace is not None:
             trace.close()
         if self.streaming.profile and self.memory.decisions:
             profiles.save_profile(self.streaming.profile, self.container, self.cache.use, self.memory.decisions)
             self.memory.decisions = 0
+
+
+def _end(pressure: Pressure, cache: ExpertCache) -> None:
+    pressure.stop()
+    cache.close()
 
 
 def _warmest(container: Container, budget: budgets.Budget, streaming: Streaming) -> dict[int, list[int]]:

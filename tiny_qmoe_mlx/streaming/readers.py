@@ -106,6 +106,7 @@ class Readers:
             self._expected.clear()
             self._changed.notify_all()
         until = time.perf_counter() + CLOSE_S
-        for thread in self._threads:
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]  # gc may run in one
+        for thread in others:
             thread.join(max(0.0, until - time.perf_counter()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not any(thread.is_alive() for thread in others)
