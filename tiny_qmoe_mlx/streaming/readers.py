@@ -86,6 +86,7 @@ class Readers:
                 if not self._running:
                     self._busy += time.perf_counter() - self._since
             self._finished(read)
+            read = None  # its error's traceback knows the model: this thread must not keep it while it waits
 
     def _next(self) -> Read | None:
         with self._changed:
