@@ -1,5 +1,6 @@
 """Reading records, and the pool they live in."""
 
+import os
 import threading
 
 import mlx.core as mx
@@ -169,3 +170,69 @@ def test_reads_from_several_threads(model):
         t.join()
     assert not failures and store.records_read == 200
     store.close()
+
+
+def test_prefill_leaves_what_decoding_uses_and_reads_through_few_slots(cache):
+    touch(cache, 0, 0, 1, 2)
+    touch(cache, 1, 0, 1, 2, 3, 4, 5, cold=True)
+    assert {(0, 0), (0, 1), (0, 2)} <= set(cache.pool_of_layer[0].slot_of)
+    assert next(iter(cache.pool_of_layer[0].slot_of))[0] == 1 and cache.misses == 9
+
+
+def test_what_is_expected_is_read_or_dropped_and_counted(model):
+    size = model.spec.layers[0].record_bytes
+    cache = ExpertCache(open_store(model), {size: 12})
+    cache.expect(1, [2, 4])
+    touch(cache, 1, 2, 3)
+    assert (cache.lookahead_used, cache.misses + cache.hits) == (1, 2) and cache.lookahead_reads in (1, 2)
+    assert not cache._expected[1] and len(cache.pool_of_layer[0].free) + len(cache.pool_of_layer[0].slot_of) <= 12
+    cache.close()
+
+
+def test_pool_shrinks_and_grows_and_still_gives_the_files_bytes(model):
+    size = model.spec.layers[0].record_bytes
+    cache = ExpertCache(open_store(model), {size: 12})
+    touch(cache, 0, *range(6))
+    before = cache.pool_bytes
+    assert cache.shrink(5 * size) == 5 * size == before - cache.pool_bytes
+    for expert, got in zip(range(6), held(cache, 1, range(6), size), strict=True):
+        np.testing.assert_array_equal(got, bytes_of(model, 1, expert))
+    assert cache.grow(100 * size) == 5 * size and cache.pool_bytes == before
+    touch(cache, 0, *range(6))
+    cache.close()
+
+
+def test_read_that_fails_twice_is_tried_again_and_then_told(model, cache, monkeypatch):
+    real, failures = os.preadv, [2]
+
+    def flaky(*args):
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr("tiny_qmoe_mlx.streaming.store.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(os, "preadv", flaky)
+    np.testing.assert_array_equal(held(cache, 0, [3], model.spec.layers[0].record_bytes)[0], bytes_of(model, 0, 3))
+    assert cache.store.retries == 2
+    failures[0] = 3
+    with pytest.raises(OSError, match=r"expert 4 of model.layers.0.mlp.switch_mlp should be read, 3 tries failed"):
+        touch(cache, 0, 4)
+    touch(cache, 0, 4)  # the disk is back: nothing was lost
+
+
+def test_short_reads_are_continued(model, cache, monkeypatch):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: real(file, [views[0][:100]], at))
+    for expert, got in enumerate(held(cache, 0, range(4), model.spec.layers[0].record_bytes)):
+        np.testing.assert_array_equal(got, bytes_of(model, 0, expert))
+
+
+def test_file_that_is_written_to_in_use_is_refused(model, cache):
+    touch(cache, 0, 0)
+    path = model.expert_file(0)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(FormatError, match="should stay as it was opened"):
+        touch(cache, 0, 1)

@@ -58,7 +58,11 @@ class Memory:
         """Experts that the next layer may choose, lazily, where looking ahead is worth it."""
         block = self.around[layer].next_block if self.around else None
         tokens = x.size // x.shape[-1]
-        if block is None or tokens > ops.DECODE_TOKENS or not self.judge.wants():
+        if block is None or tokens > ops.DECODE_TOKENS:
+            return None
+        cache = self.cache
+        counted = cache.lookahead_reads, cache.lookahead_used, cache.disk_busy_s, cache.io_wait_s
+        if not self.judge.wants(*counted, time.perf_counter()):
             return None
         return lookahead.guess(block, x)
 
@@ -66,9 +70,7 @@ class Memory:
         """Read the guessed experts of a layer when the disk has time."""
         if guessed is None:
             return
-        cache = self.cache
-        cache.expect(layer, np.unique(np.array(guessed)).tolist())
-        self.judge.weigh(cache.lookahead_reads, cache.lookahead_used, cache.disk_busy_s, time.perf_counter())
+        self.cache.expect(layer, np.unique(np.array(guessed)).tolist())
 
     def start_shared(self, layer: int, x: mx.array, demand: Demand) -> None:
         """Compute the block's shared expert while records load."""

@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 MODES = ("auto", "on", "off")
-WINDOW = 256  # expectations between two judgements
+WINDOW = 512  # calls of layers between two judgements
 USEFUL = 0.5  # share of read records that must be demanded
 IDLE = 0.1  # share of the time that the disk must have nothing else to do
-REST = 4  # windows without lookahead after it lost
+WAIT = 0.05  # share of the time that products must wait for the disk: else there is nothing to gain
 
 _here = threading.local()  # a probe belongs to one thread: others may generate meanwhile
 
@@ -104,31 +104,37 @@ def start(shared: nn.Module, x: mx.array) -> None:
 
 @dataclass
 class Judge:
-    """Decides whether lookahead reads are worth their bytes: mostly demanded, on a disk that has time for them."""
+    """Decides whether lookahead reads are worth their bytes: products wait for a disk that has time for more, and most
+    of what is read is demanded. It begins without, and looks anew after every window of calls.
+    """
 
     mode: str = "auto"
-    rests: int = 0
+    on: bool = False
     _asked: int = 0
-    _before: tuple[int, int, float, float] = field(default=(0, 0, 0.0, 0.0))
+    _before: tuple[float, ...] = field(default=(0.0, 0.0, 0.0, 0.0, 0.0))
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"[lookahead] should be one of {', '.join(MODES)}, received {self.mode!r}.")
 
-    def wants(self) -> bool:
-        """Whether to look ahead now; counts the call."""
+    def wants(self, read: int, used: int, busy_s: float, wait_s: float, now: float) -> bool:
+        """Whether to look ahead now.
+
+        Args:
+            read, used: records that lookahead read, and those of them that were demanded, since loading.
+            busy_s, wait_s: seconds that the disk was busy, and that products waited for it, since loading.
+            now: a clock, in seconds.
+        """
         if self.mode != "auto":
             return self.mode == "on"
+        if not self._asked:
+            self._before = (read, used, busy_s, wait_s, now)
         self._asked += 1
-        if self.rests and self._asked > REST * WINDOW:
-            self.rests, self._asked = 0, 0
-        return not self.rests
-
-    def weigh(self, read: int, used: int, busy_s: float, now: float) -> None:
-        """After an expectation: records read and used by lookahead, disk busy seconds and the clock, since loading."""
-        if self.mode != "auto" or self._asked < WINDOW:
-            return
-        old, self._before, self._asked = self._before, (read, used, busy_s, now), 0
-        reads, uses, busy, time = (b - a for a, b in zip(old, self._before, strict=True))
-        if reads and (uses < USEFUL * reads or (time > 0 and busy > (1 - IDLE) * time)):
-            self.rests = 1
+        if self._asked > WINDOW:
+            reads, uses, busy, wait, time = (
+                b - a for a, b in zip(self._before, (read, used, busy_s, wait_s, now), strict=True)
+            )
+            idle = busy < (1 - IDLE) * time
+            self.on = idle and (uses >= USEFUL * reads if self.on else wait > WAIT * time)
+            self._asked = 0
+        return self.on

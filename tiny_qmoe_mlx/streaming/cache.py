@@ -19,7 +19,7 @@ from tiny_qmoe_mlx.streaming.store import ExpertStore
 
 READERS = 8
 RUN_BYTES = 1 << 20  # adjacent records are read in one go up to so many bytes
-SWEEP = 16  # slots that a prefill reads through
+SWEEP = 16  # slots that a prefill reads through, a quarter of the pool at most
 GROUP = 4  # experts that a prefill computes at once: its threads share whole experts
 STALL_S = 5.0  # seconds without a record before it is reported
 log = logging.getLogger("tiny_qmoe_mlx")
@@ -257,7 +257,8 @@ class Demand:
         """Read as many of the missing as there are slots, in a prefill as its window has room."""
         most = len(self._missing)
         if self._cold:
-            most = min(most, SWEEP - len(self._pinned) + len(self._present))
+            window = max(1, min(SWEEP, self._pool.slots // 4))
+            most = min(most, window - len(self._pinned) + len(self._pinned.intersection(self._present)))
         if most <= 0:
             return
         before = list(self._missing)[:most]
