@@ -34,7 +34,7 @@ class Memory:
     around: list[lookahead.Around] = field(default_factory=list)
     judge: lookahead.Judge = field(default_factory=lookahead.Judge)
     trace: TraceWriter | None = None
-    decisions: int = 0
+    calls: int = 0
 
     def hold(self, y: mx.array, layer: int, experts: list[int]) -> None:
         """Keep experts pinned while a GPU may still read them for y."""
@@ -49,7 +49,7 @@ class Memory:
 
     def demand(self, layer: int, chosen: np.ndarray, cold: bool) -> Demand:
         """Ask for the experts that a call of a layer chose, int (tokens, k), and write them down."""
-        self.decisions += len(chosen)
+        self.calls += 1
         if self.trace is not None:
             self.trace.write(layer, chosen, cold)
         return self.cache.demand(layer, np.unique(chosen).tolist(), cold)

@@ -40,31 +40,35 @@ def probing() -> bool:
 def record(x: mx.array, indices: mx.array) -> mx.array:
     """The expert layer's part in a probe: keep the indices (..., k), return zeros (..., k, d)."""
     _here.probe.append(indices)
+    _here.input = x
     return mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
 
 
 def guess(block: nn.Module, x: mx.array) -> mx.array | None:
     """Experts (..., k) that the block's router would choose for x (..., d), lazily; None where it has no such call."""
-    _here.probe = []
+    _here.probe, _here.follows = [], False
     try:
         block(x)
         found = _here.probe
     except Exception:  # a block that needs more than x: there is no guess then
         found = []
     finally:
-        _here.probe = None
+        _here.probe = _here.input = None
     return found[0] if len(found) == 1 else None
 
 
 def surroundings(model: nn.Module, layers: Sequence[nn.Module], hidden: int) -> list[Around]:
-    """Of each expert layer, by calls on zeros with nothing evaluated."""
+    """Of each expert layer, by calls on zeros with nothing evaluated: its block may be probed, and calls its shared
+    expert on the same array after it.
+    """
     blocks = [_parent(model, layer) for layer in layers]
-    fits = [block is not None and guess(block, mx.zeros((1, 1, hidden))) is not None for block in blocks]
-    found = []
-    for i, block in enumerate(blocks):
-        follows = i + 1 < len(blocks) and fits[i + 1]
-        found.append(Around(blocks[i + 1] if follows else None, _shared(block)))
-    return found
+    shared = [_shared(block) for block in blocks]
+    fits, follows = [], []
+    for block in blocks:
+        fits.append(block is not None and guess(block, mx.zeros((1, 1, hidden))) is not None)
+        follows.append(fits[-1] and _here.follows)
+    after = [*(block if fit else None for block, fit in zip(blocks, fits, strict=True)), None][1:]
+    return [Around(block, s if f else None) for block, s, f in zip(after, shared, follows, strict=True)]
 
 
 def _parent(model: nn.Module, layer: nn.Module) -> nn.Module | None:
@@ -89,6 +93,9 @@ class Early:
     """Mixed into a shared expert: a call on the array that `start` saw returns what `start` computed."""
 
     def __call__(self, x: mx.array, *more: Any) -> mx.array:
+        if probing():
+            _here.follows = getattr(_here, "input", None) is x
+            return super().__call__(x, *more)  # type: ignore[misc]
         kept, _here.early = getattr(_here, "early", None), None
         if kept is not None and kept[0] is self and kept[1] is x and not more:
             return kept[2]

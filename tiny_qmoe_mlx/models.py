@@ -28,10 +28,10 @@ from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import CODEC, ModelSpec
 from tiny_qmoe_mlx.streaming import profile as profiles
+from tiny_qmoe_mlx.streaming import trace as traces
 from tiny_qmoe_mlx.streaming.cache import READERS, ExpertCache
 from tiny_qmoe_mlx.streaming.pressure import Pressure
 from tiny_qmoe_mlx.streaming.store import ExpertStore
-from tiny_qmoe_mlx.streaming.trace import TraceWriter
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -73,17 +73,17 @@ class Runtime:
         judge = ahead.Judge(streaming.lookahead)
         self.store = ExpertStore(container, [layer._kind for layer in layers], streaming.checks)
         self.cache = ExpertCache(self.store, budget.slots, streaming.readers)
+        self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
+        # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
+        self._end = weakref.finalize(self, _end, self._pressure, self.cache)
         self.memory = Memory(self.cache, judge=judge)
         self.dispatch = self.memory.dispatch
         for layer in layers:
             layer.attach(self.memory)
         if streaming.trace:
-            self.memory.trace = TraceWriter(streaming.trace, profiles.trace_header(container))
+            self.memory.trace = traces.TraceWriter(streaming.trace, _trace_header(container))
         for index, experts in warm.items():
             self.cache.load(index, experts)
-        self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
-        # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
-        self._end = weakref.finalize(self, _end, self._pressure, self.cache)
 
     def stream(self, model: nn.Module, layers: list[RecordExperts]) -> None:
         """Get ready to overlap reads with what lies around the expert layers, and to yield memory under pressure."""
@@ -119,17 +119,23 @@ class Runtime:
     def close(self) -> None:
         """Close the files, free the pool, write the profile; the model cannot run afterwards."""
         self._end()
+        calls, self.memory.calls = self.memory.calls, 0
         trace, self.memory.trace = self.memory.trace, None
+        if self.streaming.profile and calls:
+            profiles.save_profile(self.streaming.profile, self.container, self.cache.use, calls)
         if trace is not None:
             trace.close()
-        if self.streaming.profile and self.memory.decisions:
-            profiles.save_profile(self.streaming.profile, self.container, self.cache.use, self.memory.decisions)
-            self.memory.decisions = 0
 
 
 def _end(pressure: Pressure, cache: ExpertCache) -> None:
     pressure.stop()
     cache.close()
+
+
+def _trace_header(container: Container) -> dict[str, Any]:
+    layers = container.spec.layers
+    sizes = [layer.experts for layer in layers], [layer.record_bytes for layer in layers]
+    return traces.header(profiles.identity(container), *sizes)
 
 
 def _warmest(container: Container, budget: budgets.Budget, streaming: Streaming) -> dict[int, list[int]]:

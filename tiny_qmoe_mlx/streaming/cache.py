@@ -121,11 +121,12 @@ class ExpertCache:
             if expert in demanded:
                 self._readers.promote(read)
                 self.lookahead_reads += 1
-                self.lookahead_used += 1
+                self.lookahead_used += key in pool.slot_of or key in self._loading  # else it has left again already
             elif key in self._loading and self._readers.drop(read):
                 pool.free.append(self._loading.pop(key)[1])
             else:
                 self.lookahead_reads += 1
+                read.unwanted = True  # where it is still under way
                 if key in pool.slot_of:
                     pool.slot_of.move_to_end(key, last=False)
         self._expected[layer].clear()
@@ -163,6 +164,7 @@ class ExpertCache:
                     continue
                 if read.error is None:
                     pool.slot_of[key] = slot
+                    pool.slot_of.move_to_end(key, last=not read.unwanted)
                 else:
                     pool.free.append(slot)
             self._changed.notify_all()

@@ -37,17 +37,6 @@ def identity(container: Container) -> dict[str, Any]:
     }
 
 
-def trace_header(container: Container) -> dict[str, Any]:
-    """First line of a trace of this model's routing."""
-    layers = container.spec.layers
-    return {
-        "tiny_qmoe_trace": 1,
-        "model": identity(container),
-        "experts": [layer.experts for layer in layers],
-        "record_bytes": [layer.record_bytes for layer in layers],
-    }
-
-
 def save_profile(path: str | Path, container: Container, use: Sequence[np.ndarray], decisions: int) -> None:
     """Write a profile; one that is there counts half, so that what a model is used for now weighs more.
 
@@ -55,7 +44,7 @@ def save_profile(path: str | Path, container: Container, use: Sequence[np.ndarra
         path: the file; it is replaced when the new one is whole.
         container: the model.
         use: int64 (experts,) for each MoE layer, or one array (layers, experts) padded on the right.
-        decisions: calls of MoE layers that were counted.
+        decisions: calls of MoE layers, each of which counts an expert once.
 
     Raises:
         FormatError: the file is another model's profile, or no profile; it stays as it is.

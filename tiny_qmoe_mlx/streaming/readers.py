@@ -20,13 +20,14 @@ CLOSE_S = 0.5  # seconds that `close` waits for reads under way; a disk may stal
 class Read:
     """Records on their way: adjacent experts of a layer into `into`, u8 (record_bytes,) each.
 
-    error: why it failed, once it has.
+    error: why it failed, once it has; unwanted: it was expected, and the demand did not name it.
     """
 
     layer: int
     experts: list[int]
     into: list[np.ndarray]
     error: BaseException | None = None
+    unwanted: bool = False
 
 
 class Readers:
