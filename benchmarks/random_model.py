@@ -39,19 +39,16 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def pick_rates(shapes: list[tuple[int, int]], record_bytes: int) -> list[np.ndarray]:
-    """Rates of each matrix's blocks, u8, that fill a record: all blocks a step up, then the next, while there is room.
-
-    Rates 6 and 7 are not used: their step in bytes is another one.
-    """
+    """Rates of each matrix's blocks, u8, that fill a record: all blocks a step up, then the next, while there is room."""
     blocks = [padded_columns(columns) // 64 for _, columns in shapes]
     room = record_bytes - trellis.UNIT
     room -= sum(trellis.side_bytes(rows, columns, True, False) for rows, columns in shapes)
     rates = [np.zeros(n, np.uint8) for n in blocks]
     places = [(m, b) for m, n in enumerate(blocks) for b in range(n)]
-    for rate in range(1, 6):
+    for rate in range(1, len(trellis.PLANES)):
         for m, b in places:
             step = trellis.block_bytes(shapes[m][0], rate) - trellis.block_bytes(shapes[m][0], rate - 1)
-            if step <= room:
+            if step <= room and rates[m][b] == rate - 1:
                 rates[m][b], room = rate, room - step
     return rates
 

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from common import print_json
 
+from tiny_qmoe_mlx.budget import top_k
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.streaming import trace as traces
+from tiny_qmoe_mlx.streaming.profile import identity
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 RECORD_BYTES = 1_179_648  # 2 bits; a model's own where one is given
@@ -150,10 +152,8 @@ def header_of(model: Path | None) -> tuple[dict[str, Any], int]:
         return traces.header({"model": "Qwen3-30B-A3B's shape"}, [EXPERTS] * LAYERS, [RECORD_BYTES] * LAYERS), TOP_K
     opened = open_model(model)
     layers = opened.spec.layers
-    identity = {"model": opened.spec.source["model"]}
-    return traces.header(identity, [x.experts for x in layers], [x.record_bytes for x in layers]), int(
-        opened.config.get("num_experts_per_tok", TOP_K)
-    )
+    sizes = [layer.experts for layer in layers], [layer.record_bytes for layer in layers]
+    return traces.header(identity(opened), *sizes), top_k(opened.config)
 
 
 def make(kind: str, path: Path, prompt: int, tokens: int, model: Path | None = None) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
     kv, scratch = kv_bytes(container.config, context, cpu), scratch_bytes(container, context, cpu)
     fixed = runtime + weights + kv + scratch
     counts = _records(container)
-    least = {size: min(count, _top_k(container.config)) for size, count in counts.items()}
+    least = {size: min(count, top_k(container.config)) for size, count in counts.items()}
     smallest, resident = (fixed + sum(s * n for s, n in slots.items()) for slots in (least, counts))
     if budget < smallest:
         raise BudgetError(
@@ -168,7 +168,7 @@ def _share(counts: dict[int, int], least: dict[int, int], pool: int) -> dict[int
     }
 
 
-def _top_k(config: dict) -> int:
+def top_k(config: dict) -> int:
     text = {**config, **(config.get("text_config") or {})}
     found = [text[key] for key in TOP_K_KEYS if isinstance(text.get(key), int)]
     return max([1, *found]) if found else 8
@@ -262,7 +262,7 @@ def scratch_bytes(container: Container, context: int, cpu: bool) -> int:
     widest, largest = max((rows for rows, _ in dense), default=0), max((math.prod(d) for d in dense), default=0)
     width = 4 if cpu else 2
     scores = 2 * c.get("num_attention_heads", 0) * tokens * context * width if cpu else 0
-    picks = 2 * tokens * _top_k(container.config) * hidden * 4
+    picks = 2 * tokens * top_k(container.config) * hidden * 4
     activations = tokens * (12 * hidden + 4 * widest) * width
     logits = 6 * c.get("vocab_size", 0) * 4
     return activations + scores + picks + logits + 2 * DENSE_BYTES + (2 * largest * 4 if cpu else 0)
