@@ -39,7 +39,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def pick_rates(shapes: list[tuple[int, int]], record_bytes: int) -> list[np.ndarray]:
-    """Rates of each matrix's blocks, u8, that fill a record: all blocks a step up, then the next, while there is room."""
+    """Rates of each matrix's blocks, u8, that fill a record: all blocks a step up, then the next, while it fits."""
     blocks = [padded_columns(columns) // 64 for _, columns in shapes]
     room = record_bytes - trellis.UNIT
     room -= sum(trellis.side_bytes(rows, columns, True, False) for rows, columns in shapes)
