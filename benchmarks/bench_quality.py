@@ -13,6 +13,7 @@ the unconverted. Text for calibration and for evaluation come from other passage
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -281,8 +282,12 @@ def ablation(model: Dense, sample: Sample, only: list[str] | None = None) -> lis
     return rows
 
 
-def moe_rows(windows: list[list[int]], asked: list[float], affine_bits: list[int], length: int) -> list[dict]:
-    """The demo MoE, its experts alone compressed, against the unconverted; ours by the product's own commands."""
+def moe_rows(
+    windows: list[list[int]], asked: list[float], affine_bits: list[int], length: int, calibrations: list[str]
+) -> list[dict]:
+    """The demo MoE, its experts alone compressed, against the unconverted; ours by the product's own commands, at every
+    rate with every calibration ("text": other passages of two sources that the windows come from).
+    """
     from tiny_qmoe_mlx import demo
     from tiny_qmoe_mlx.container import sizes
     from tiny_qmoe_mlx.convert import convert
@@ -300,13 +305,13 @@ def moe_rows(windows: list[list[int]], asked: list[float], affine_bits: list[int
     rows = [row("original", 16, 16.0, original)]
     for bits in affine_bits:
         rows.append(row("affine", bits, *affine_experts(source, bits)))
-    for target in asked:
+    for target, calibration in itertools.product(asked, calibrations):
+        text = str(demo.calibration_text_path()) if calibration == "text" else calibration
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "converted"
-            convert(
-                source, out, bits=target, rest_bits=16, length=length, calibration=str(demo.calibration_text_path())
-            )
+            convert(source, out, bits=target, rest_bits=16, length=length, calibration=text)
             rows.append(row("trellis", target, sizes(out)["bits"], open_any(str(out), quiet=True)[0]))
+            rows[-1]["calibration"] = calibration
     return rows
 
 
@@ -346,6 +351,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["dense", "moe"], choices=["dense", "moe"], help="which models")
     parser.add_argument("--length", type=int, default=12, choices=trellis.LENGTHS, help="L of the trellis")
     parser.add_argument("--seed", type=int, nargs="*", default=[SEED], help="seeds of the dense rows (default: 0)")
+    parser.add_argument("--calibration", nargs="*", default=["text"], help="of the demo: text, self, builtin, none")
     parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, default=None, help="the ablation, or rows of it")
     parser.add_argument("--add", type=Path, help="rows that `rivals.py --json` printed, a line each, for the plot")
     parser.add_argument("--plot", type=Path, help="draw KL against bits of the dense rows into this PNG file")
@@ -383,7 +389,7 @@ def run(args: argparse.Namespace, bits: list[float], affine_bits: list[int]) -> 
     if "moe" in args.models:
         windows = sample.held_out[:: 1 if args.quick else 2].tolist()
         print(f"demo MoE, {len(windows) * CONTEXT} tokens")
-        result["moe_rows"] = moe_rows(windows, bits, affine_bits, args.length)
+        result["moe_rows"] = moe_rows(windows, bits, affine_bits, args.length, args.calibration)
     return result
 
 
