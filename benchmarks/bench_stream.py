@@ -27,8 +27,9 @@ from replay import STRIDE, demands, pool_slots
 from stream_cases import beside_experts
 
 from tiny_qmoe_mlx import demo
-from tiny_qmoe_mlx.budget import parse_memory, top_k
+from tiny_qmoe_mlx.budget import parse_memory
 from tiny_qmoe_mlx.container import Container, open_model
+from tiny_qmoe_mlx.footprint import top_k
 from tiny_qmoe_mlx.streaming.trace import Trace, read_trace
 
 CASES = Path(__file__).with_name("stream_cases.py")

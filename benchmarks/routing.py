@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from common import print_json
 
-from tiny_qmoe_mlx.budget import top_k
 from tiny_qmoe_mlx.container import open_model
+from tiny_qmoe_mlx.footprint import top_k
 from tiny_qmoe_mlx.streaming import trace as traces
 from tiny_qmoe_mlx.streaming.profile import identity
 

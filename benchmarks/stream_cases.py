@@ -19,7 +19,7 @@ import numpy as np
 from policies import BELADY
 from replay import STRIDE, Demand, misses
 
-from tiny_qmoe_mlx import blas, models, ops
+from tiny_qmoe_mlx import blas, footprint, models, ops
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx.container import Container, open_model
 from tiny_qmoe_mlx.expert_kind import expert_kind
@@ -27,7 +27,7 @@ from tiny_qmoe_mlx.layers import RecordExperts
 from tiny_qmoe_mlx.streaming.trace import Trace, read_trace
 
 READERS = 8
-CHUNK = budgets.PREFILL_CHUNK
+CHUNK = footprint.PREFILL_CHUNK
 DIRECT = getattr(os, "O_DIRECT", 0)
 Calls = list[tuple[int, np.ndarray, bool]]  # layer, experts (tokens, k), whether it is measured
 
@@ -70,13 +70,13 @@ def asked(calls: Calls, container: Container) -> list[Demand]:
 
 def beside_experts(container: Container) -> tuple[int, int]:
     """(the program, scratch) in bytes, where there are no dense weights, no attention, no KV cache."""
-    hidden, k = container.config["hidden_size"], budgets.top_k(container.config)
+    hidden, k = container.config["hidden_size"], footprint.top_k(container.config)
     return budgets.split(container, 1 << 50).runtime_bytes, 2 * ops.DENSE_BYTES + 3 * CHUNK * k * hidden * 4
 
 
 def expert_budget(container: Container, memory: int) -> budgets.Budget:
     """A budget for the experts alone."""
-    whole, k = budgets.split(container, 1 << 50), budgets.top_k(container.config)
+    whole, k = budgets.split(container, 1 << 50), footprint.top_k(container.config)
     runtime, scratch = beside_experts(container)
     counts = budgets._records(container)
     least = {size: min(count, k) for size, count in counts.items()}

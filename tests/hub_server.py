@@ -53,6 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.failures: dict[str, list[int]] = {}
         self.broken: str | None = None
         self.corrupt: str | None = None
+        self.sent = 0  # bytes of all answers
 
     @property
     def address(self) -> str:
@@ -250,6 +251,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
+        self.server.sent += len(data)
         if self.command != "HEAD":
             self.wfile.write(data[: len(data) // 2] if cut else data)
         self.close_connection = cut

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import records
 
-from tiny_qmoe_mlx import budget, container
+from tiny_qmoe_mlx import budget, container, footprint
 from tiny_qmoe_mlx.errors import BudgetError
 
 GB = 1000**3
@@ -80,7 +80,7 @@ def test_context_is_paid_for():
         "hidden_size": 64,
         "head_dim": 16,
     }
-    short, long = (budget.kv_bytes(config, n, cpu=True) for n in (100, 10_000))
+    short, long = (footprint.kv_bytes(config, n, cpu=True) for n in (100, 10_000))
     assert short >= 2 * 2 * 2 * 16 * 4 * 100 and long >= 100 * short / 5
 
 
@@ -92,7 +92,7 @@ def test_two_record_sizes_share_in_proportion():
 
 
 def test_weights_are_counted_from_headers(model):
-    found = budget.tensor_sizes(model)
-    total = sum(4 * math.prod(shape) for dtype, shape in found.values() if dtype in budget.FLOAT_TYPES)
-    assert budget.weight_bytes(model, cpu=True) >= total > 0
+    found = footprint.tensor_sizes(model)
+    total = sum(4 * math.prod(shape) for dtype, shape in found.values() if dtype in footprint.FLOAT_TYPES)
+    assert footprint.weight_bytes(model, cpu=True) >= total > 0
     assert json.dumps({name: list(shape) for name, (_, shape) in found.items()})

@@ -35,7 +35,7 @@ PLAN = "path bits file_bytes min_budget_bytes resident_budget_bytes budget_bytes
 
 @pytest.fixture
 def planned(converted, here) -> dict:
-    return json.loads(here("plan", "--model", converted, "--json").out)
+    return json.loads(here("plan", "--model", converted, "--json", "--no-probe").out)
 
 
 # ---- help and JSON
@@ -185,15 +185,15 @@ def test_a_prompt_that_is_no_text(converted, here):
 def test_the_planned_minimum_works_and_one_byte_less_does_not(converted, here):
     for context in (64, 1024):
         line = ("--model", converted, "--context", context)
-        found = json.loads(here("plan", *line, "--json").out)
+        found = json.loads(here("plan", *line, "--json", "--no-probe").out)
         low, high = found["min_budget_bytes"], found["resident_budget_bytes"]
         run = ("generate", *line, "--prompt", "x", "--max-tokens", 3, "--json", "--memory")
         for budget, mode in ((low, "streamed"), (high - 1, "streamed"), (high, "resident")):
             assert json.loads(here(*run, budget).out)["mode"] == mode
-            asked = json.loads(here("plan", *line, "--memory", budget, "--json").out)
+            asked = json.loads(here("plan", *line, "--memory", budget, "--json", "--no-probe").out)
             assert (asked["fits"], asked["mode"], asked["budget_bytes"]) == (True, mode, budget)
         assert "too small" in refusal(here(*run, low - 1))
-        asked = json.loads(here("plan", *line, "--memory", low - 1, "--json").out)
+        asked = json.loads(here("plan", *line, "--memory", low - 1, "--json", "--no-probe").out)
         assert (asked["fits"], asked["mode"], asked["min_budget_bytes"]) == (False, None, low)
         shown = here("plan", *line, "--memory", low - 1)
         assert shown.status == 0 and "does not fit" in shown.out

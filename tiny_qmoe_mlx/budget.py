@@ -1,4 +1,4 @@
-"""One number of bytes for everything the process holds, split into its parts from the files' headers alone.
+"""One number of bytes for everything the process holds, split into its parts.
 
 `plan` prints the split, `models.load` keeps to it. Sizes are bytes.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.errors import BudgetError, FormatError
+from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.footprint import kv_bytes, program_bytes, scratch_bytes, top_k, weight_bytes
 
 UNITS = {
     "": 1,
@@ -20,35 +21,7 @@ UNITS = {
 }
 AUTO_SHARE = 0.65
 MB = 1_000_000
-RUNTIME_BYTES = (
-    100 * MB
-)  # the interpreter with numpy, MLX and mlx-lm, measured on Linux: 77 MB, and what they allocate later
-TOKENIZER_FACTOR = 14  # memory of a tokenizer over the size of its tokenizer.json, measured
-MLX_CACHE_BYTES = 32 * MB  # freed arrays that MLX may keep
-PREFILL_CHUNK = 512  # tokens; fixed, so that results do not depend on the budget
 DEFAULT_CONTEXT = 2048
-TOP_K_KEYS = (
-    "num_experts_per_tok",
-    "moe_k",
-    "num_experts_per_token",
-    "moe_topk",
-    "top_k_experts",
-    "experts_per_token",
-    "moe_top_k",
-)
-SIZE_KEYS = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_size",
-    "vocab_size",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-)
-FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
-INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -132,8 +105,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
     Raises:
         BudgetError: too small, with the smallest budget that works.
     """
-    runtime = RUNTIME_BYTES + MLX_CACHE_BYTES + _tokenizer_bytes(container.directory)
-    weights = weight_bytes(container, cpu)
+    runtime, weights = program_bytes(container.directory), weight_bytes(container, cpu)
     kv, scratch = kv_bytes(container.config, context, cpu), scratch_bytes(container, context, cpu)
     fixed = runtime + weights + kv + scratch
     counts = _records(container)
@@ -166,111 +138,3 @@ def _share(counts: dict[int, int], least: dict[int, int], pool: int) -> dict[int
         size: least[size] + int((counts[size] - least[size]) * spare / wanted) if wanted else least[size]
         for size in counts
     }
-
-
-def top_k(config: dict) -> int:
-    text = {**config, **(config.get("text_config") or {})}
-    found = [text[key] for key in TOP_K_KEYS if isinstance(text.get(key), int)]
-    return max([1, *found]) if found else 8
-
-
-def _tokenizer_bytes(directory: Path) -> int:
-    file = directory / "tokenizer.json"
-    return TOKENIZER_FACTOR * file.stat().st_size if file.exists() else 0
-
-
-def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of every non-expert tensor, from the headers."""
-    from safetensors import SafetensorError, safe_open
-
-    sizes = {}
-    experts = {layer.file for layer in container.spec.layers}
-    for file in (container.directory / n for n in container.files if n.endswith(".safetensors") and n not in experts):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    part = tensors.get_slice(name)
-                    sizes[name] = (part.get_dtype(), part.get_shape())
-        except SafetensorError as error:
-            raise FormatError(
-                f"[{file.name}] its header is damaged: {error}; copy or convert the model again."
-            ) from error
-    return sizes
-
-
-def weight_bytes(container: Container, cpu: bool) -> int:
-    """Bytes of the non-expert weights in memory; floating point becomes float32 on the CPU."""
-    total = 0
-    for dtype, shape in tensor_sizes(container).values():
-        width = 4 if cpu and dtype in FLOAT_TYPES else FLOAT_TYPES.get(dtype) or INTEGER_BYTES.get(dtype, 8)
-        total += width * math.prod(shape)
-    return total
-
-
-def longest_context(config: dict) -> int:
-    """Most tokens that a model was made for; 2^20 where its config does not say."""
-    limit = _text_config(config).get("max_position_embeddings")
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 20
-
-
-def _text_config(config: dict) -> dict:
-    c = config.get("text_config") or config
-    for key in SIZE_KEYS:
-        if not isinstance(c.get(key), int | None) or (c.get(key) or 0) < 0:
-            raise FormatError(f"[config.json] {key} should be a number of at least 0, received {str(c[key])[:80]}.")
-    return {key: value for key, value in c.items() if value is not None}
-
-
-def kv_bytes(config: dict, context: int, cpu: bool) -> int:
-    """Bytes of the KV cache at a context, rounded up to the cache's steps of 256 tokens; keys and values of every
-    layer.
-    """
-    c = _text_config(config)
-    layers = c.get("num_hidden_layers", 0)
-    heads = c.get("num_key_value_heads") or c.get("num_attention_heads", 0)
-    head = c.get("head_dim") or c.get("hidden_size", 0) // max(1, c.get("num_attention_heads", 1))
-    per_token = 2 * heads * head
-    if c.get(
-        "qk_rope_head_dim"
-    ):  # multi-head latent attention; some of mlx-lm's models cache it expanded: allow for that
-        per_token = c.get("num_attention_heads", 0) * (
-            c.get("qk_nope_head_dim", 0) + c["qk_rope_head_dim"] + c.get("v_head_dim", 0)
-        )
-    steps = -(-(context + 1) // 256) + 1
-    return layers * per_token * steps * 256 * (4 if cpu else 2)
-
-
-def scratch_bytes(container: Container, context: int, cpu: bool) -> int:
-    """Bytes of activations while a chunk of the prompt passes a layer, and of the logits.
-
-    Counted: 12 arrays of the hidden size; 4 of the widest dense product; the attention scores twice where the CPU
-    backend materialises them; the chosen experts' rows twice; decoded weights; on the CPU the largest dequantized dense
-    layer twice.
-    """
-    from tiny_qmoe_mlx.ops import DENSE_BYTES
-
-    c = _text_config(container.config)
-    tokens = min(PREFILL_CHUNK, context)
-    hidden = c.get("hidden_size", 0)
-    tensors = tensor_sizes(container)
-    head = ("embed_tokens", "lm_head", "wte", "output")
-    dense = [
-        _dense_size(name, shape, tensors)
-        for name, (_, shape) in tensors.items()
-        if name.endswith(".weight") and not any(h in name for h in head)
-    ]
-    widest, largest = max((rows for rows, _ in dense), default=0), max((math.prod(d) for d in dense), default=0)
-    width = 4 if cpu else 2
-    scores = 2 * c.get("num_attention_heads", 0) * tokens * context * width if cpu else 0
-    picks = 2 * tokens * top_k(container.config) * hidden * 4
-    activations = tokens * (12 * hidden + 4 * widest) * width
-    logits = 6 * c.get("vocab_size", 0) * 4
-    return activations + scores + picks + logits + 2 * DENSE_BYTES + (2 * largest * 4 if cpu else 0)
-
-
-def _dense_size(name: str, shape: list[int], tensors: dict) -> tuple[int, int]:
-    """(rows, columns) of a dense weight before MLX's quantization packed it."""
-    if len(shape) != 2:
-        return (0, 0)
-    scales = tensors.get(name.replace(".weight", ".scales"))
-    return (shape[0], scales[1][1] * 64 if scales else shape[1])

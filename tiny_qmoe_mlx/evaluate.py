@@ -21,14 +21,14 @@ EXAMPLES = """
 
 def open_any(name: str, memory: str | int = "auto", quiet: bool = False, context: int = 512) -> tuple[Any, Any]:
     """(model, tokenizer) of a converted model, or of an original checkpoint by plain mlx-lm, in memory if it fits."""
-    from tiny_qmoe_mlx import budget, models
+    from tiny_qmoe_mlx import footprint, models
     from tiny_qmoe_mlx.original import checkpoint
     from tiny_qmoe_mlx.report.compare import open_original
 
     directory = locate.model_directory(name, quiet)
     converted = "tiny_qmoe" in checkpoint.read_config(directory) or (directory / MANIFEST).is_file()
     tokenizer = models.open_tokenizer(directory) if converted else None
-    limit = budget.longest_context(checkpoint.read_config(directory))
+    limit = footprint.longest_context(checkpoint.read_config(directory))
     if context > limit:
         raise ValueError(
             f"[evaluate] --window should be at most the model's context of {limit} tokens, received {context}."

@@ -29,7 +29,7 @@ def stream_generate(model: Any, tokenizer: Any, prompt: str | list[int], **optio
     """
     from mlx_lm import stream_generate as stream
 
-    from tiny_qmoe_mlx.budget import PREFILL_CHUNK
+    from tiny_qmoe_mlx.footprint import PREFILL_CHUNK
 
     return stream(model, tokenizer, prompt, **{"prefill_step_size": PREFILL_CHUNK, **options})
 
@@ -197,11 +197,11 @@ def _prompt_ids(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int
 
 def _context(directory: Path, prompt_tokens: int, args: argparse.Namespace) -> int:
     """Tokens of context to provide for; refuses what the model or --context cannot hold."""
-    from tiny_qmoe_mlx import budget
+    from tiny_qmoe_mlx import budget, footprint
     from tiny_qmoe_mlx.original import checkpoint
 
     needed = prompt_tokens + args.max_tokens
-    limit = budget.longest_context(checkpoint.read_config(directory))
+    limit = footprint.longest_context(checkpoint.read_config(directory))
     if needed > limit:
         raise ValueError(
             f"[prompt] has {prompt_tokens} tokens and --max-tokens is {args.max_tokens}; together they should be at "
@@ -232,18 +232,23 @@ def _write(model: Any, tokenizer: Any, prompt: list[int], args: argparse.Namespa
     }
     start, first, pieces, tokens, response = time.perf_counter(), 0.0, [], [], None
     for response in stream_generate(model, tokenizer, prompt, **options):
-        first = first or time.perf_counter() - start
+        if not first:
+            first, prefill = time.perf_counter() - start, model.tiny_qmoe.stats()
         pieces.append(response.text)
         tokens.append(response.token)
         if not args.json:
             print(response.text, end="", flush=True)
     if not args.json:
         print()
-    return _stats(model, response, first, tokens, "".join(pieces))
+    return _stats(model, response, first, prefill, tokens, "".join(pieces))
 
 
-def _stats(model: Any, response: Any, first: float, tokens: list[int], text: str) -> dict[str, Any]:
+def _stats(
+    model: Any, response: Any, first: float, prefill: dict[str, Any], tokens: list[int], text: str
+) -> dict[str, Any]:
+    """The run's figures; prefill: the counters when the first token was there."""
     own = model.tiny_qmoe.stats()
+    hits, misses, read = (own[key] - prefill[key] for key in ("expert_hits", "expert_misses", "bytes_read"))
     return {
         "prompt_tokens": response.prompt_tokens,
         "prompt_tps": response.prompt_tps,
@@ -255,6 +260,8 @@ def _stats(model: Any, response: Any, first: float, tokens: list[int], text: str
         "text": text,
         **own,
         "bytes_per_token": own["bytes_read"] / max(1, response.generation_tokens),
+        "decode_hit_rate": hits / max(1, hits + misses),
+        "decode_bytes_per_token": read / max(1, response.generation_tokens - 1),
     }
 
 

@@ -19,8 +19,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
+from tiny_qmoe_mlx import footprint, ops, probes
 from tiny_qmoe_mlx import lookahead as ahead
-from tiny_qmoe_mlx import ops, probes
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
@@ -246,7 +246,7 @@ def load(
     container = open_model(directory, hash_files=True)
     cpu = mx.default_device() == mx.cpu
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
-    mx.set_cache_limit(budgets.MLX_CACHE_BYTES)
+    mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
     if ops.on_gpu() and container.spec.codec == CODEC:  # MLX's own kernels compute the affine codec
         check_gpu(container.spec.length)
     model = _build(directory, container, cpu)

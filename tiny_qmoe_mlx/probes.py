@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -247,20 +247,20 @@ def speed(name: str, experts: int = 16, runs: int = 15) -> dict[str, float]:
     mx.eval(dense)
     return {
         "ours_2bit": seconds(take(lambda c: layer_output(layer, x, c)), runs),
-        "mlx_4bit": seconds(take(lambda c: _glu(x, c, packed)), runs),
-        f"mlx_{'f16' if dtype == mx.float16 else 'f32'}": seconds(take(lambda c: _glu(x, c, dense)), runs),
+        "mlx_4bit": seconds(take(lambda c: glu(x, c, packed)), runs),
+        f"mlx_{'f16' if dtype == mx.float16 else 'f32'}": seconds(take(lambda c: glu(x, c, dense)), runs),
     }
 
 
-def _glu(x: mx.array, chosen: np.ndarray, weights: list) -> mx.array:
-    """SwiGLU experts by MLX's own gathered products."""
+def glu(x: mx.array, chosen: np.ndarray, weights: list, bits: int = 4) -> mx.array:
+    """SwiGLU experts by MLX's own gathered products of gate, up, down: matrices, or what mx.quantize made of them."""
     indices = mx.array(chosen)
 
     def product(h: mx.array, w: Any) -> mx.array:
         if isinstance(w, mx.array):
             return mx.gather_mm(h, w.swapaxes(-1, -2), rhs_indices=indices)
         q, scales, biases = w
-        return mx.gather_qmm(h, q, scales, biases, rhs_indices=indices, transpose=True, group_size=64, bits=4)
+        return mx.gather_qmm(h, q, scales, biases, rhs_indices=indices, transpose=True, group_size=64, bits=bits)
 
     rows = mx.expand_dims(x, (-2, -3))
     gate, up, down = weights
@@ -270,8 +270,14 @@ def _glu(x: mx.array, chosen: np.ndarray, weights: list) -> mx.array:
 # ---- disk
 
 
-def disk(folder: Path, record_bytes: int, file_bytes: int = 1 << 30, reads: int = 256) -> list[dict[str, float]]:
-    """Random reads of record size with 1 to 32 outstanding, bytes per second of each; a file of noise is written first.
+def disk(
+    folder: Path,
+    record_bytes: int,
+    file_bytes: int = 1 << 30,
+    reads: int = 256,
+    outstanding: Sequence[int] = (1, 2, 4, 8, 16, 32),
+) -> list[dict[str, float]]:
+    """Random reads of record size with so many outstanding, bytes per second of each; a file of noise is written first.
 
     The page cache is passed by (F_NOCACHE on macOS, O_DIRECT on Linux) where the system and the file system allow it.
     """
@@ -285,7 +291,7 @@ def disk(folder: Path, record_bytes: int, file_bytes: int = 1 << 30, reads: int 
     descriptor, direct = open_uncached(file)
     places = np.random.default_rng(SEED).integers(0, file_bytes // record_bytes, reads) * record_bytes
     try:
-        rates = [_read_rate(descriptor, places, record_bytes, outstanding) for outstanding in (1, 2, 4, 8, 16, 32)]
+        rates = [_read_rate(descriptor, places, record_bytes, n) for n in outstanding]
     finally:
         os.close(descriptor)
     return [{"outstanding": n, "bytes_per_s": rate, "uncached": direct} for n, rate in rates]

@@ -12,11 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import budget
+from tiny_qmoe_mlx import budget, footprint
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
 
-TOKENS_AT_ONCE = budget.PREFILL_CHUNK  # of all rows together, while prompts are read
+TOKENS_AT_ONCE = footprint.PREFILL_CHUNK  # of all rows together, while prompts are read
 ORIGINAL_SHARE = 0.7  # of the machine's memory that an original may take: a Mac's GPU gets about three quarters
 Choose = Callable[[mx.array], mx.array]
 Progress = Callable[[str, int, int], None]
@@ -39,7 +39,7 @@ def memory_bytes(model: nn.Module, config: dict, tokens: int) -> int:
     """Bytes of an opened original once its weights are in memory, with a KV cache for `tokens` tokens."""
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     weights = sum(array.nbytes for array in arrays.values())
-    return weights + budget.kv_bytes(config, tokens, mx.default_device() == mx.cpu)
+    return weights + footprint.kv_bytes(config, tokens, mx.default_device() == mx.cpu)
 
 
 def available_bytes() -> int:

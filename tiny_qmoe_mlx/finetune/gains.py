@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import budget, container, models
+from tiny_qmoe_mlx import budget, container, footprint, models
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.conversion.rest import write_shard
@@ -193,7 +193,7 @@ def _picks(config: dict) -> int:
 def _rest_weights(opened: Container) -> int:
     """Weights that are no expert's, once they are dequantized."""
     bits = int((opened.config.get("quantization") or {}).get("bits", 32))
-    sizes = budget.tensor_sizes(opened).values()
+    sizes = footprint.tensor_sizes(opened).values()
     return sum(math.prod(shape) * (32 // bits if dtype == "U32" else 1) for dtype, shape in sizes)
 
 

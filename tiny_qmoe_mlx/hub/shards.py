@@ -146,8 +146,10 @@ class SourceShards:
         for word in [p for p in snapshot.iterdir() if p.is_file() and not p.match(hub.WEIGHTS)]:
             shutil.copyfile(word, self.directory / word.name)
         self._shards, self._whole = {}, set()
-        for name, size, sha256, git in self._listed():
-            header = self._header(name, size)
+        listed = self._listed()
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            headers = list(pool.map(lambda shard: self._header(*shard[:2]), listed))
+        for (name, size, sha256, git), header in zip(listed, headers, strict=True):
             with atomic_file(self.directory / name) as file:
                 file.write(header)
                 file.truncate(size)

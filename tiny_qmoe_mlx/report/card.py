@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import budget
+from tiny_qmoe_mlx import budget, footprint
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.spec import bits_per_weight
@@ -139,7 +139,7 @@ def machine_rows(container: Container) -> list[tuple[int, int, str, float]]:
     """(GiB of a Mac, budget in bytes, "resident" | "streamed" | "does not fit", share of expert bytes in memory)."""
     rows = []
     experts = sum(layer.experts * layer.record_bytes for layer in container.spec.layers)
-    context = min(budget.DEFAULT_CONTEXT, budget.longest_context(container.config))
+    context = min(budget.DEFAULT_CONTEXT, footprint.longest_context(container.config))
     for gib in MAC_GIB:
         size = budget.parse_memory("auto", gib << 30)
         try:
@@ -151,7 +151,7 @@ def machine_rows(container: Container) -> list[tuple[int, int, str, float]]:
 
 
 def _machines(container: Container) -> str:
-    context = min(budget.DEFAULT_CONTEXT, budget.longest_context(container.config))
+    context = min(budget.DEFAULT_CONTEXT, footprint.longest_context(container.config))
     least = budget.split(container, sys.maxsize, context, cpu=False)
     lines = [
         "## Where it runs\n",

@@ -1,0 +1,159 @@
+"""What a loaded model holds beside its pool of experts, predicted from the files' headers and the config alone.
+
+Sizes are bytes. `plan --check` runs a model and prints how far the prediction was off.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+from tiny_qmoe_mlx.container import Container
+from tiny_qmoe_mlx.errors import FormatError
+
+MB = 1_000_000
+LINUX = sys.platform == "linux"
+# The interpreter with numpy, MLX and mlx-lm: measured on Linux once a model has run; elsewhere a guess.
+PROGRAM_BYTES = (85 if LINUX else 120) * MB
+TOKENIZER_FACTOR = 14  # memory of a tokenizer over the size of its tokenizer.json, measured
+MLX_CACHE_BYTES = 32 * MB  # freed arrays that MLX may keep
+PREFILL_CHUNK = 512  # tokens; fixed, so that results do not depend on the budget
+KV_STEP = 256  # tokens by which mlx-lm's KV caches grow, from wherever the last chunk ended
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "moe_k",
+    "num_experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+    "experts_per_token",
+    "moe_top_k",
+)
+SIZE_KEYS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "vocab_size",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+)
+FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
+INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "BOOL": 1}
+
+
+def program_bytes(directory: Path) -> int:
+    """Bytes of the interpreter, the libraries, MLX's cache and the model's tokenizer."""
+    file = directory / "tokenizer.json"
+    return PROGRAM_BYTES + MLX_CACHE_BYTES + (TOKENIZER_FACTOR * file.stat().st_size if file.exists() else 0)
+
+
+def top_k(config: dict) -> int:
+    text = {**config, **(config.get("text_config") or {})}
+    found = [text[key] for key in TOP_K_KEYS if isinstance(text.get(key), int)]
+    return max([1, *found]) if found else 8
+
+
+def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of every non-expert tensor, from the headers."""
+    from safetensors import SafetensorError, safe_open
+
+    sizes = {}
+    experts = {layer.file for layer in container.spec.layers}
+    for file in (container.directory / n for n in container.files if n.endswith(".safetensors") and n not in experts):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    part = tensors.get_slice(name)
+                    sizes[name] = (part.get_dtype(), part.get_shape())
+        except SafetensorError as error:
+            raise FormatError(
+                f"[{file.name}] its header is damaged: {error}; copy or convert the model again."
+            ) from error
+    return sizes
+
+
+def weight_bytes(container: Container, cpu: bool) -> int:
+    """Bytes of the non-expert weights in memory; floating point becomes float32 on the CPU."""
+    total = 0
+    for dtype, shape in tensor_sizes(container).values():
+        width = 4 if cpu and dtype in FLOAT_TYPES else FLOAT_TYPES.get(dtype) or INTEGER_BYTES.get(dtype, 8)
+        total += width * math.prod(shape)
+    return total
+
+
+def longest_context(config: dict) -> int:
+    """Most tokens that a model was made for; 2^20 where its config does not say."""
+    limit = _text_config(config).get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 20
+
+
+def _text_config(config: dict) -> dict:
+    c = config.get("text_config") or config
+    for key in SIZE_KEYS:
+        if not isinstance(c.get(key), int | None) or (c.get(key) or 0) < 0:
+            raise FormatError(f"[config.json] {key} should be a number of at least 0, received {str(c[key])[:80]}.")
+    return {key: value for key, value in c.items() if value is not None}
+
+
+def kv_bytes(config: dict, context: int, cpu: bool) -> int:
+    """Bytes of the KV cache at a context: keys and values of every layer, and the step that a cache may be ahead."""
+    c = _text_config(config)
+    layers = c.get("num_hidden_layers", 0)
+    heads = c.get("num_key_value_heads") or c.get("num_attention_heads", 0)
+    per_token = 2 * heads * _head_size(c)
+    if c.get("qk_rope_head_dim"):  # latent attention; some of mlx-lm's models cache it expanded: allow for that
+        head = c.get("qk_nope_head_dim", 0) + c["qk_rope_head_dim"] + c.get("v_head_dim", 0)
+        per_token = c.get("num_attention_heads", 0) * head
+    return layers * per_token * (context + KV_STEP) * (4 if cpu else 2)
+
+
+def _head_size(c: dict) -> int:
+    return c.get("head_dim") or c.get("hidden_size", 0) // max(1, c.get("num_attention_heads", 1))
+
+
+def scratch_bytes(container: Container, context: int, cpu: bool) -> int:
+    """Bytes of activations while a chunk of the prompt passes a layer: the larger of what its attention and its experts
+    need, beside four arrays of the hidden size that both need, and the logits of a token.
+    """
+    c = _text_config(container.config)
+    tokens, width = min(PREFILL_CHUNK, context), 4 if cpu else 2
+    residual = 4 * tokens * c.get("hidden_size", 0) * width
+    logits = 6 * c.get("vocab_size", 0) * 4
+    most = max(_attention_bytes(c, tokens, context, cpu), _expert_bytes(container, tokens, cpu))
+    return residual + most + logits + (_dequantized_bytes(container) if cpu else 0)
+
+
+def _attention_bytes(c: dict, tokens: int, context: int, cpu: bool) -> int:
+    """Queries, keys, values, what they give, and the scores, which the CPU backend writes out."""
+    heads, width = c.get("num_attention_heads", 0), 4 if cpu else 2
+    arrays = 4 * tokens * heads * _head_size(c) * width
+    return arrays + (heads * tokens * context * 4 if cpu else 0)
+
+
+def _expert_bytes(container: Container, tokens: int, cpu: bool) -> int:
+    """Outputs of all picks three times (computed, an array of MLX's, weighted), one expert's hidden rows, and decoded
+    weights; on a GPU the picks' hidden rows, and a group's decoded matrices while the next ones are decoded.
+    """
+    from tiny_qmoe_mlx.ops import DENSE_BYTES, GPU_DENSE_BYTES
+
+    layers, picks = container.spec.layers, tokens * top_k(container.config)
+    hidden = max(layer.shapes[-1][0] for layer in layers)
+    inner = max(layer.shapes[0][0] for layer in layers)
+    if cpu:
+        return 3 * picks * hidden * 4 + tokens * (hidden + 3 * inner) * 4 + DENSE_BYTES
+    return 3 * picks * hidden * 2 + picks * (hidden + 3 * inner) * 2 + 2 * GPU_DENSE_BYTES
+
+
+def _dequantized_bytes(container: Container) -> int:
+    """The largest quantized matrix of a layer as float32, which the CPU path multiplies many tokens with."""
+    tensors = tensor_sizes(container)
+    top = ("embed_tokens", "lm_head", "wte", "output")
+    inside = (name for name in tensors if name.endswith(".weight") and not any(part in name for part in top))
+    return max((4 * _dense_size(name, tensors) for name in inside), default=0)
+
+
+def _dense_size(name: str, tensors: dict) -> int:
+    """Weights of a matrix that MLX has quantized; 0 of others, which are multiplied as they are."""
+    shape, scales = tensors[name][1], tensors.get(name.replace(".weight", ".scales"))
+    return shape[0] * scales[1][1] * 64 if scales and len(shape) == 2 else 0
