@@ -9,15 +9,14 @@ per second and core of the C++ encoder for L 12, 14 and 16, and what a model of 
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import limits
 import numpy as np
 
 from tiny_qmoe_mlx import blas, native
@@ -44,7 +43,6 @@ SHAPE = {
 }
 SMALL = {**SHAPE, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 16, "vocab_size": 4096}
 POOL = 1 << 25  # random values that all weights are cut from: fresh ones for 23 GB would take longer than converting
-CGROUP = Path("/sys/fs/cgroup/memory")
 EXPERT_WEIGHTS_30B = 48 * 128 * 3 * 2048 * 768
 SLOTS = 42  # issue slots of the Metal encoder for each state and step, counted by tests/test_metal_profile.py
 M3_MAX = 40 * 128 * 1.4e9  # issue slots a second of 40 cores with 128 lanes: a model, nobody has timed it
@@ -120,12 +118,12 @@ def convert_limited(source: Path, out: Path, limit: int, bits: float, sequences:
     text.write_text(" ".join(f"w{i}" for i in rng.integers(0, 4000, sequences * 256 + 256)))
     words = ("--hf-path", source, "--mlx-path", out, "--bits", bits, "--calibration", text)
     command = [sys.executable, "-c", CHILD, *map(str, words), "--calibration-sequences", str(sequences)]
-    group = limited_group(limit)
     start = time.perf_counter()
-    child = subprocess.run(command, preexec_fn=lambda: join(group), capture_output=True, text=True)
+    try:
+        child, used = limits.run_command(command, limit)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
     seconds = time.perf_counter() - start
-    used = int((group / "memory.max_usage_in_bytes").read_text())
-    group.rmdir()
     if child.returncode:
         raise SystemExit(f"the conversion failed ({child.returncode}) under {limit} bytes: {child.stderr[-500:]}")
     return {"seconds": seconds, "limit": limit, "peak_memory_bytes": int(child.stdout.split()[-1]), "with_cache": used}
@@ -137,19 +135,6 @@ status = importlib.import_module("tiny_qmoe_mlx.convert").main([*sys.argv[1:], "
 print(1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]))
 sys.exit(status)
 """
-
-
-def limited_group(limit: int) -> Path:
-    if not os.access(CGROUP, os.W_OK):
-        raise SystemExit(f"{CGROUP} cannot be written; run as root on a Linux with the memory controller")
-    group = CGROUP / f"tiny-qmoe-{os.getpid()}"
-    group.mkdir()
-    (group / "memory.limit_in_bytes").write_text(str(limit))
-    return group
-
-
-def join(group: Path) -> None:
-    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def encoder_rows(quick: bool) -> list[dict]:

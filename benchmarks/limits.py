@@ -46,20 +46,31 @@ def run(script: Path, words: dict[str, Any], limit: int | None) -> dict[str, Any
     Raises:
         RuntimeError: it failed for another reason, with its last words.
     """
-    group = _group(limit) if limit else None
-    try:
-        joined = (lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None
-        command = [sys.executable, str(script), json.dumps(words)]
-        child = subprocess.run(command, preexec_fn=joined, capture_output=True, text=True)
-        peak = _peak(group) if group else 0
-    finally:
-        if group:
-            group.rmdir()
+    child, peak = run_command([sys.executable, str(script), json.dumps(words)], limit)
     if child.returncode == -9:
         return {"killed": True, "group_peak_bytes": peak}
     if child.returncode:
         raise RuntimeError(f"[{script.name}] ended with {child.returncode}: {child.stderr.strip()[-600:]}")
     return {**json.loads(child.stdout.splitlines()[-1]), "killed": False, "group_peak_bytes": peak}
+
+
+def run_command(command: list[str], limit: int | None) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Run a command, under `limit` bytes of memory where one is given.
+
+    Returns:
+        What it left, its output as text; and the most bytes that its group held, page cache included, 0 without one.
+
+    Raises:
+        RuntimeError: there is a limit, and groups cannot be made.
+    """
+    group = _group(limit) if limit else None
+    try:
+        joined = (lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None
+        child = subprocess.run(command, preexec_fn=joined, capture_output=True, text=True)
+        return child, _peak(group) if group else 0
+    finally:
+        if group:
+            group.rmdir()
 
 
 def _group(limit: int) -> Path:

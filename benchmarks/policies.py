@@ -9,7 +9,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-PREFILL_SLOTS = 16  # through which the engine reads a prefill's misses
+from tiny_qmoe_mlx.streaming.cache import GROUP, SWEEP
+
 FAR = 1 << 62
 
 
@@ -33,25 +34,45 @@ class Lru:
 
 
 class EngineLru(Lru):
-    """LRU with the engine's rule for a prefill: its hits do not move, its misses go through at most 16 slots, are the
-    next to leave, and so cost the experts of decode no more than that many.
+    """LRU as `streaming.cache` has it. A call uses what is in memory first, pinned from its start, whatever its size.
+    A prefill's hits do not move; its misses go through a window of at most a quarter of the slots, and are the next to
+    leave, so that they cost decode no more than that many. Exact where a prefill's products wait for the disk.
     """
 
-    def prefill(self, keys: Sequence[int]) -> int:
-        """Serve one call; returns its misses."""
-        own: deque[int] = deque()
-        misses = 0
-        for key in keys:
-            if key in self.order:
-                continue
-            misses += 1
-            if len(self.order) >= self.slots:
-                reuse = len(own) >= min(PREFILL_SLOTS, self.slots)
-                del self.order[own.popleft() if reuse else next(k for k in self.order if k not in own)]
-                own.append(key)
-            self.order[key] = None
-            self.order.move_to_end(key, last=False)
+    def call(self, keys: Sequence[int], cold: bool) -> int:
+        """Serve one call of distinct keys; returns its misses."""
+        present = [key for key in keys if key in self.order]
+        missing = deque(key for key in keys if key not in self.order)
+        misses = len(missing)
+        if cold:
+            self._prefill(present, missing)
+            return misses
+        for key in present:
+            self.touch(key)
+        for key in missing:
+            self.insert(key, ())  # of the call itself only where nothing else is left: it has been used by then
         return misses
+
+    def _prefill(self, present: list[int], missing: deque[int]) -> None:
+        window = max(1, min(SWEEP, self.slots // 4))
+        reading: deque[int] = deque()
+        self._ask(reading, missing, window, present)
+        while reading or missing:
+            self._ask(reading, missing, window, ())  # the hits have been used
+            for _ in range(min(GROUP, len(reading))):
+                key = reading.popleft()
+                self.order[key] = None
+                self.order.move_to_end(key, last=False)
+
+    def _ask(self, reading: deque[int], missing: deque[int], window: int, keep: Collection[int]) -> None:
+        """Begin to read as many of the missing as the window has room for, and find slots for."""
+        while missing and len(reading) < window:
+            if len(self.order) + len(reading) >= self.slots:
+                victim = next((key for key in self.order if key not in keep), None)
+                if victim is None:
+                    return
+                del self.order[victim]
+            reading.append(missing.popleft())
 
 
 class LfuDa:
@@ -143,8 +164,8 @@ def groups(keys: Sequence[int], cold: bool, slots: int) -> list[Sequence[int]]:
 
 def serve(policy: Any, keys: Sequence[int], cold: bool) -> int:
     """One call of distinct keys through a policy; returns its misses."""
-    if cold and hasattr(policy, "prefill"):
-        return policy.prefill(keys)
+    if hasattr(policy, "call"):
+        return policy.call(keys, cold)
     misses = 0
     for group in groups(keys, cold, policy.slots):
         keep = set(group)

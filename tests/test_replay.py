@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import records
+from mlx.nn import Module
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -14,7 +16,12 @@ sys.path.insert(0, str(BENCHMARKS))
 import policies  # noqa: E402
 import replay  # noqa: E402
 
+from tiny_qmoe_mlx.container import open_model  # noqa: E402
+from tiny_qmoe_mlx.expert_kind import expert_kind  # noqa: E402
+from tiny_qmoe_mlx.streaming import cache as caches  # noqa: E402
 from tiny_qmoe_mlx.streaming import trace as traces  # noqa: E402
+from tiny_qmoe_mlx.streaming.cache import ExpertCache  # noqa: E402
+from tiny_qmoe_mlx.streaming.store import ExpertStore  # noqa: E402
 
 
 def random_calls(rng, count: int = 200, keys: int = 20, most: int = 4, cold: float = 0.1):
@@ -134,7 +141,7 @@ def test_a_prefill_leaves_decode_its_experts():
         policies.serve(state, [key], False)
     assert policies.serve(state, list(range(100, 200)), True) == 100
     kept = [key for key in range(40) if key in state]
-    assert kept == list(range(policies.PREFILL_SLOTS, 40))
+    assert kept == list(range(10, 40))  # a quarter of the slots
     assert policies.serve(state, kept, False) == 0
     plain = policies.Lru(40)
     for keys, cold in [([k], False) for k in range(40)] + [(list(range(100, 200)), True)]:
@@ -149,6 +156,51 @@ def test_a_prefill_fills_what_is_free_and_is_next_to_leave():
     assert all(k in state for k in (1, 2, 10, 11, 12, 13))
     assert policies.serve(state, [20, 21, 22], False) == 3
     assert 1 in state and 2 in state
+
+
+def engine_cache(folder: Path, slots: int, experts: int) -> ExpertCache:
+    """The engine's cache over 2 layers of experts of noise, with one reader: what arrives does so in order."""
+    if not folder.exists():
+        records.write_model(folder, hidden=64, width=64, experts=experts, layers=2, alignment=128, rates=[0])
+    opened = open_model(folder)
+    kinds = [expert_kind(layer, opened.spec, Module()) for layer in opened.spec.layers]
+    return ExpertCache(ExpertStore(opened, kinds), {opened.spec.layers[0].record_bytes: slots}, readers=1)
+
+
+def engine_misses(cache: ExpertCache, layer: int, experts: list[int], cold: bool) -> int:
+    before = cache.misses
+    with cache.demand(layer, experts, cold) as demand:
+        for group, _ in demand:
+            demand.release(group)
+    return cache.misses - before
+
+
+def layer_calls(rng, experts: int, count: int = 60):
+    """(layer, experts, cold) of decode, of batches that may ask for more than there are slots, and of prefills."""
+    for _ in range(count):
+        kind = rng.choice(3, p=[0.6, 0.15, 0.25])
+        size = int(rng.integers(1, [4, experts, experts][kind] + 1))
+        yield int(rng.integers(2)), sorted(rng.permutation(experts)[:size].tolist()), bool(kind == 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("experts", "most", "group"), [(12, 19, 4), (48, 90, 64)], ids=["by fours", "by windows"])
+def test_the_engines_policy_is_the_engine(tmp_path_factory, monkeypatch, experts, most, group, seed):
+    """To the order of its slots. By fours: as many as a window of so few slots has. By windows: larger ones, where the
+    engine too is made to wait for all of one, as a timing of its own would decide which of it leaves last.
+    """
+    monkeypatch.setattr(caches, "GROUP", group)
+    monkeypatch.setattr(policies, "GROUP", group)
+    rng = np.random.default_rng(seed)
+    slots = int(rng.integers(1, most + 1))
+    cache = engine_cache(tmp_path_factory.getbasetemp() / f"engine-{experts}", slots, experts)
+    (pool,), state = cache.pools.values(), policies.EngineLru(slots)
+    for layer, asked, cold in layer_calls(rng, experts):
+        expected = policies.serve(state, [layer * replay.STRIDE + e for e in asked], cold)
+        assert engine_misses(cache, layer, asked, cold) == expected
+        assert [at * replay.STRIDE + e for at, e in pool.slot_of] == list(state.order)
+    assert cache.store.records_read == cache.misses
+    cache.close()
 
 
 def write_trace(path: Path, calls, experts=(20, 20, 10), sizes=(1024, 1024, 512)) -> traces.Trace:

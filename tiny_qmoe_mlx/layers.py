@@ -58,7 +58,7 @@ class Memory:
         """Experts that the next layer may choose, lazily, where looking ahead is worth it."""
         block = self.around[layer].next_block if self.around else None
         tokens = x.size // x.shape[-1]
-        if block is None or tokens > ops.DECODE_TOKENS:
+        if block is None or tokens > ops.DECODE_TOKENS or self.cache.pool_of_layer[layer + 1].resident:
             return None
         cache = self.cache
         counted = cache.lookahead_reads, cache.lookahead_used, cache.disk_busy_s, cache.io_wait_s

@@ -252,9 +252,8 @@ def load(
     model = _build(directory, container, cpu)
     layers = record_layers(model)
     model.tiny_qmoe = Runtime(container, budget, layers, streaming)
-    if budget.mode == "resident":
-        _load_resident(model.tiny_qmoe, progress)
-    else:
+    _load_resident(model.tiny_qmoe, progress)
+    if budget.mode == "streamed":
         model.tiny_qmoe.stream(model, layers)
     return model, tokenizer or open_tokenizer(directory)
 
@@ -302,7 +301,9 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
 
 
 def _load_resident(runtime: Runtime, progress: Progress) -> None:
-    total = sum(layer.experts for layer in runtime.container.spec.layers)
+    layers, slots = runtime.container.spec.layers, runtime.budget.slots
+    counts = {size: sum(x.experts for x in layers if x.record_bytes == size) for size in slots}
+    total = sum(count for size, count in counts.items() if slots[size] >= count)
     done = 0
 
     def step(experts: int) -> None:

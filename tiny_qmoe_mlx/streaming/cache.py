@@ -68,11 +68,15 @@ class ExpertCache:
             return np.array([held.get((layer, e), 0) for e in range(self.experts_of(layer))])
 
     def load_all(self, progress: Callable[[int], None] = lambda n: None) -> None:
-        """Read every expert of every layer into its slot; needs a slot for each."""
-        for layer, spec in enumerate(self.store.container.spec.layers):
-            self.load(layer, range(spec.experts))
-            progress(spec.experts)
-        for pool in self.pools.values():
+        """Read every expert of those sizes that have a slot for each of theirs; they stay."""
+        layers = self.store.container.spec.layers
+        for size, pool in self.pools.items():
+            mine = [i for i, layer in enumerate(layers) if layer.record_bytes == size]
+            if pool.slots < sum(layers[i].experts for i in mine):
+                continue
+            for i in mine:
+                self.load(i, range(layers[i].experts))
+                progress(layers[i].experts)
             pool.resident = True
 
     def load(self, layer: int, experts: Iterable[int]) -> None:
@@ -283,8 +287,11 @@ class Demand:
         start, cache = time.perf_counter(), self._cache
         with cache._changed:
             self._ask()
+            stalled = False
             while not (found := self._done()):
                 if not cache._changed.wait(STALL_S) and time.perf_counter() - start > STALL_S:
+                    cache.stalls += not stalled
+                    stalled = True
                     self._report(time.perf_counter() - start)
                 self._ask()
             cache.io_wait_s += time.perf_counter() - start
@@ -305,7 +312,6 @@ class Demand:
         return found
 
     def _report(self, seconds: float) -> None:
-        self._cache.stalls += 1
         name = self._cache.store.container.expert_file(self._layer)
         log.warning("[%s] experts have not come for %.0f s: the disk stalls; waiting", name, seconds)
 
