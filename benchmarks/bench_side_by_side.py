@@ -5,7 +5,8 @@
 Weights of noise in Qwen3-30B-A3B's shape; ours at the bits whose weight error is that of llama.cpp's type on Gaussian
 matrices of these shapes (equal_quality.py). llama.cpp maps its file (llama-cpp-python's build). Each engine runs in a
 process under a memory limit of the system: what it holds without experts, and half of its experts' bytes; page cache
-dropped before. All get the same tokens, one at a time. Fewer --layers keep the shapes, and the share that fits.
+dropped before. All get the same tokens, one at a time, and choose experts as good as at random, the worst case: no
+engine's weights give it more hits than another's. Fewer --layers keep the shapes, and the share that fits.
 """
 
 import argparse

@@ -3,8 +3,9 @@
     python benchmarks/gguf_random.py OUT.gguf [--experts-type Q3_K] [--dense-type Q8_0] [--layers 48] [--tiny]
 
 Every block is random bytes with scales that keep the weights near 0.02, so activations stay finite; norms are ones.
-The router is random too: its choices are as good as uniform, the worst case for any cache of experts. There is no
-vocabulary in the file: token ids go in. Q3_K and IQ3_S experts take 12.5 GB, the rest 1.7 GB at Q8_0.
+The router is random too. Embeddings are large beside what the layers add, so that tokens drawn at random choose their
+experts at random, in every layer anew: the worst case for any cache of experts. There is no vocabulary in the file:
+token ids go in. Q3_K and IQ3_S experts take 12.5 GB, the rest 1.7 GB at Q8_0.
 """
 
 import argparse
@@ -20,6 +21,7 @@ SHAPE = {
 TINY = {**SHAPE, "layers": 2, "experts": 8, "chosen": 2, "hidden": 256, "width": 256, "heads": 4, "kv_heads": 2,
         "head_dim": 64, "vocabulary": 512, "dense_width": 256}  # fmt: skip
 DEVIATION = 0.02  # of the weights, about
+EMBEDDING = 100.0  # deviation of the embeddings
 POOL = 1 << 26  # random bytes that all blocks are cut from: fresh ones for 12 GB would take minutes
 
 Tensor = tuple[str, tuple[int, int], str, int]  # name, (rows, columns) of one matrix, ggml type, matrices
@@ -107,6 +109,9 @@ def values(tensor: Tensor, pool_of: Callable[[str], np.ndarray], rng: np.random.
     for start in range(0, blocks, step):
         part = out[start : start + step]
         part[:] = pool[(at := int(rng.integers(len(pool) - len(part) + 1))) : at + len(part)]
+    if name == "token_embd.weight":
+        for offset, value in SCALES[kind]:
+            out[:, offset : offset + 2] = _half(value * EMBEDDING / DEVIATION)
     return out.reshape(-1)
 
 
