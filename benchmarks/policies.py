@@ -12,6 +12,7 @@ from typing import Any
 from tiny_qmoe_mlx.streaming.cache import GROUP, SWEEP
 
 FAR = 1 << 62
+STRIDE = 1 << 20  # between the keys of two layers
 
 
 class Lru:
@@ -73,6 +74,50 @@ class EngineLru(Lru):
                     return
                 del self.order[victim]
             reading.append(missing.popleft())
+
+
+class ByStep:
+    """Least recently used, counted in steps: calls of an expert's own layer since it was used. Of equally old ones the
+    layer that was called last leaves, since its turn comes again after all others. (By time, those used longest ago
+    are those of the layers whose turn is next: a pool smaller than what a step uses then never hits.)
+
+    A prefill's misses take free slots alone, and are the first to leave.
+    """
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.held: dict[
+            int, OrderedDict[int, int]
+        ] = {}  # layer: key and the layer's call that used it last, oldest first
+        self.calls: dict[int, int] = {}
+
+    def call(self, keys: Sequence[int], cold: bool) -> int:
+        """Serve one call of distinct keys of a layer; returns its misses."""
+        layer = keys[0] // STRIDE
+        mine, now = self.held.setdefault(layer, OrderedDict()), self.calls.get(layer, 0) + 1
+        self.calls[layer] = now
+        missing = [key for key in keys if key not in mine]
+        if cold:
+            room = self.slots - sum(map(len, self.held.values()))
+            for key in missing[: max(0, room)]:
+                mine[key] = 0
+                mine.move_to_end(key, last=False)
+            return len(missing)
+        for key in (key for key in keys if key in mine):
+            mine[key] = now
+            mine.move_to_end(key)
+        for key in missing:
+            if sum(map(len, self.held.values())) >= self.slots:
+                self._drop(layer)
+            mine[key] = now
+        return len(missing)
+
+    def _drop(self, layer: int) -> None:
+        """Make room during a call of a layer; its own experts' turn is farthest, if they are used now."""
+        layers = max(self.held) + 1
+        oldest = {m: next(iter(keys.values())) for m, keys in self.held.items() if keys}
+        least = max(oldest, key=lambda m: (self.calls[m] - oldest[m], m != layer, (m - layer - 1) % layers))
+        self.held[least].popitem(last=False)
 
 
 class LfuDa:
@@ -148,6 +193,7 @@ class Clock:
 POLICIES: dict[str, Callable[[int], Any]] = {
     "lru": EngineLru,
     "lru, prefill alike": Lru,
+    "by step": ByStep,
     "lfu-da": LfuDa,
     "clock": Clock,
 }

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 from common import print_json, print_table
-from policies import BELADY, POLICIES, belady, serve
+from policies import BELADY, POLICIES, STRIDE, belady, serve
 
 from tiny_qmoe_mlx.budget import _share, parse_memory
 from tiny_qmoe_mlx.streaming.trace import Trace, read_trace
 
-STRIDE = 1 << 20  # between the keys of two layers
 POOLS = "10%,15%,25%,35%,50%,75%"
 
 

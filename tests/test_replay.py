@@ -262,3 +262,27 @@ def test_the_plot(tmp_path):
     found = random_trace(tmp_path / "t")
     replay.plot(replay.sweep(found, replay.pool_sizes(found, "20%,60%"), 3), tmp_path / "p.png", "t")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_by_step_drops_the_oldest_of_the_layer_whose_turn_is_farthest(seed):
+    """Against a plain list of what is held, searched whole; calls larger than the pool among them."""
+    rng = np.random.default_rng(seed)
+    layers, slots = 4, int(rng.integers(3, 14))
+    policy, held, calls = policies.ByStep(slots), {}, [0] * layers
+    for turn in range(120):
+        layer = turn % layers
+        keys = sorted((layer * policies.STRIDE + rng.permutation(8)[: rng.integers(1, 6)]).tolist())
+        calls[layer] += 1
+        want = sum(key not in held for key in keys)
+        order = [key for key in keys if key in held] + [key for key in keys if key not in held]
+        for key in order:
+            if key not in held and len(held) == slots:
+                ages = {k: calls[k // policies.STRIDE] - last for k, (last, _) in held.items()}
+                turns = {k: (k // policies.STRIDE - layer - 1) % layers for k in held}
+                own = {k: k // policies.STRIDE == layer for k in held}
+                first = max(held, key=lambda k: (ages[k], not own[k], turns[k], -held[k][1]))
+                del held[first]
+            held[key] = (calls[layer], 100 * turn + order.index(key))
+        assert policy.call(keys, False) == want
+        assert {key for kept in policy.held.values() for key in kept} == set(held)
