@@ -36,6 +36,8 @@ class Hub(ThreadingHTTPServer):
         failures: patterns of "METHOD path" -> [status of the answer, how often]; status 0 drops the connection.
         broken: a file whose download ends early.
         corrupt: a file that is sent with its last byte flipped.
+        whole: a file that is sent whole, whatever part was asked for.
+        served: file's name -> bytes of it that were sent.
     """
 
     daemon_threads = True
@@ -53,6 +55,8 @@ class Hub(ThreadingHTTPServer):
         self.failures: dict[str, list[int]] = {}
         self.broken: str | None = None
         self.corrupt: str | None = None
+        self.whole: str | None = None
+        self.served: dict[str, int] = {}
         self.sent = 0  # bytes of all answers
 
     @property
@@ -240,10 +244,14 @@ class Handler(BaseHTTPRequestHandler):
         if file.name == self.server.corrupt:
             data = data[:-1] + bytes([data[-1] ^ 1])
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if file.name == self.server.whole:
+            asked = None
         if asked:
             start, stop = int(asked[1]), int(asked[2] or len(data)) + bool(asked[2])
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
             data = data[start:stop]
+        if self.command == "GET":
+            self.server.served[file.name] = self.server.served.get(file.name, 0) + len(data)
         self._send(206 if asked else 200, data, headers, cut=file.name == self.server.broken)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:

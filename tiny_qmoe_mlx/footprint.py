@@ -150,10 +150,18 @@ def _dequantized_bytes(container: Container) -> int:
     tensors = tensor_sizes(container)
     top = ("embed_tokens", "lm_head", "wte", "output")
     inside = (name for name in tensors if name.endswith(".weight") and not any(part in name for part in top))
-    return max((4 * _dense_size(name, tensors) for name in inside), default=0)
+    return max((4 * _dense_size(name, tensors, container.config) for name in inside), default=0)
 
 
-def _dense_size(name: str, tensors: dict) -> int:
+def _dense_size(name: str, tensors: dict, config: dict) -> int:
     """Weights of a matrix that MLX has quantized; 0 of others, which are multiplied as they are."""
     shape, scales = tensors[name][1], tensors.get(name.replace(".weight", ".scales"))
-    return shape[0] * scales[1][1] * 64 if scales and len(shape) == 2 else 0
+    return shape[0] * scales[1][1] * group_size(name, config) if scales and len(shape) == 2 else 0
+
+
+def group_size(name: str, config: dict) -> int:
+    """Columns of a quantized matrix that share a scale."""
+    every = config.get("quantization") or {}
+    own = every.get(name.removesuffix(".weight"))
+    size = (own if isinstance(own, dict) else every).get("group_size", 64)
+    return size if isinstance(size, int) and 0 < size <= 1024 else 64

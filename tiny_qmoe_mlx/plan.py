@@ -32,7 +32,7 @@ def plan(
     """Whether and how a converted model runs in a budget, and how fast.
 
     Args:
-        directory: of a converted model, or of its headers alone, as `hub.shards` makes it.
+        directory: of a converted model, or of its headers alone, as `hub.headers` makes it.
         memory: as `load` takes it.
         context: tokens of KV cache; 2048 or the model's limit if that is less.
         probe: whether to measure this machine (seconds) for tokens per second.
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
 
 def _plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The plan of a model on this machine, or of the headers of one on the hub, which are fetched into a folder."""
-    from tiny_qmoe_mlx.hub.shards import SourceShards
+    from tiny_qmoe_mlx.hub.headers import skeleton
 
     quiet = args.quiet or args.json
     options = (args.memory, args.context, not args.no_probe, args.profile, args.trace)
@@ -196,7 +196,7 @@ def _plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     else:
         if args.check:
             raise ValueError(f"[plan] --check should be given a model on this machine, {args.model} is not.")
-        directory = SourceShards(args.model, folder, args.revision, quiet).directory
+        directory = skeleton(args.model, args.revision, folder, quiet)
         found = {**plan(directory, *options, disk_folder="."), "path": args.model}
     if args.check and found["fits"]:
         found["check"] = check(directory, found)

@@ -27,6 +27,8 @@ from tiny_qmoe_mlx.streaming.store import SECTOR, ExpertStore
 READERS = 8
 PROBED_BYTES = 256 << 20  # of a file that is written where the model's own is not at hand
 CACHE_BYTES = 64 << 20  # more than processors keep of what they have just read
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+Matrix = tuple[int, int, int]
 SMALL_OPS = 24  # norms, rotary embeddings, additions, the router's choice: what a layer computes beside its products
 
 
@@ -79,7 +81,7 @@ def _call(container: Container, layer: probes.Layer, x: mx.array) -> Callable[[n
     """One layer of experts of the model's codec."""
     if container.spec.codec == CODEC:
         return lambda chosen: probes.layer_output(layer, x, chosen)
-    bits = min((2, 3, 4, 5, 6, 8), key=lambda b: abs(b - container.spec.bits))
+    bits = min(AFFINE_BITS, key=lambda b: abs(b - container.spec.bits))
     shapes = [(len(layer.parsed), rows, columns) for _, rows, columns in layer.kind.matrices]
     packed = [mx.quantize(mx.random.normal(shape), 64, bits) for shape in shapes]
     mx.eval(packed)
@@ -91,7 +93,7 @@ def _call(container: Container, layer: probes.Layer, x: mx.array) -> Callable[[n
 
 def dense(container: Container) -> float:
     """Seconds of everything but the routed experts for one token at a short context."""
-    tensors = footprint.tensor_sizes(container)
+    tensors = _matrices(container)
     layers = _by_layer(tensors)
     middle = layers[sorted(layers)[len(layers) // 2]] if layers else []
     weights = sum(_weights(name, tensors) for name in middle)
@@ -100,17 +102,35 @@ def dense(container: Container) -> float:
     return of_layers + _seconds_of(_output_layer(tensors), tensors, 2)
 
 
-def _by_layer(tensors: dict) -> dict[int, list[str]]:
+def _matrices(container: Container) -> dict[str, Matrix]:
+    """(rows, columns, bits) of every dense matrix, 0 bits where it is not quantized; a stack counts as one tall matrix.
+
+    Quantizations that MLX's affine mode does not have are timed as 8 bits of it.
+    """
+    sizes, found = footprint.tensor_sizes(container), {}
+    for name, (_, shape) in sizes.items():
+        if not name.endswith(".weight") or len(shape) < 2:
+            continue
+        scales, columns, bits = sizes.get(name.removesuffix("weight") + "scales"), shape[-1], 0
+        if scales:
+            columns = scales[1][-1] * footprint.group_size(name, container.config)
+            bits = shape[-1] * 32 // columns
+            bits = bits if bits in AFFINE_BITS else 8
+        found[name] = math.prod(shape[:-1]), columns, bits
+    return found
+
+
+def _by_layer(tensors: dict[str, Matrix]) -> dict[int, list[str]]:
     """Names of the matrices of each layer."""
     found: dict[int, list[str]] = {}
     for name in tensors:
         at = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
-        if at and _weights(name, tensors):
+        if at:
             found.setdefault(int(at[1]), []).append(name)
     return found
 
 
-def _output_layer(tensors: dict) -> list[str]:
+def _output_layer(tensors: dict[str, Matrix]) -> list[str]:
     """The matrix that makes logits: a layer of its own, or the embedding once more."""
     for part in ("lm_head.weight", "output.weight", "embed_tokens.weight", "wte.weight"):
         found = [name for name in tensors if name.endswith(part)]
@@ -119,31 +139,20 @@ def _output_layer(tensors: dict) -> list[str]:
     return []
 
 
-def _weights(name: str, tensors: dict) -> int:
-    """Weights of a matrix, 0 of what is no matrix."""
-    rows, columns = _matrix(name, tensors)
-    return rows * columns
+def _weights(name: str, tensors: dict[str, Matrix]) -> int:
+    return tensors[name][0] * tensors[name][1]
 
 
-def _matrix(name: str, tensors: dict) -> tuple[int, int]:
-    """(rows, columns) before packing; a stack of matrices counts as one tall matrix."""
-    shape = tensors[name][1]
-    if not name.endswith(".weight") or len(shape) < 2:
-        return 0, 0
-    scales = tensors.get(name.removesuffix("weight") + "scales")
-    return math.prod(shape[:-1]), scales[1][-1] * 64 if scales else shape[-1]
-
-
-def _seconds_of(names: list[str], tensors: dict, small_ops: int) -> float:
+def _seconds_of(names: list[str], tensors: dict[str, Matrix], small_ops: int) -> float:
     """Seconds of one pass: each matrix times a vector, and small operations between them, evaluated once.
 
     As many copies as no cache holds take turns.
     """
-    modules = [_module(name, tensors) for name in names]
+    modules = [_module(*tensors[name]) for name in names]
     size = sum(p.nbytes for m in modules for p in m.parameters().values() if isinstance(p, mx.array))
     if not size:
         return 0.0
-    copies = [modules, *([_module(name, tensors) for name in names] for _ in range(min(8, CACHE_BYTES // size)))]
+    copies = [modules, *([_module(*tensors[name]) for name in names] for _ in range(min(8, CACHE_BYTES // size)))]
     turn = iter(range(1 << 30))
     dtype = mx.float16 if ops.on_gpu() else mx.float32
     inputs = {columns: mx.random.normal((1, 1, columns)).astype(dtype) for columns in {_columns(m) for m in modules}}
@@ -164,18 +173,17 @@ def _columns(module: nn.Module) -> int:
     return weight.shape[1] * 32 // module.bits if isinstance(module, nn.QuantizedLinear) else weight.shape[1]
 
 
-def _module(name: str, tensors: dict) -> nn.Module:
-    """A layer of noise of a tensor's shape, quantized as it is."""
-    rows, columns = _matrix(name, tensors)
+def _module(rows: int, columns: int, bits: int) -> nn.Module:
+    """A layer of noise of a shape, quantized in groups of 64 or, where they do not fit, 32."""
     dtype = mx.float16 if ops.on_gpu() else mx.float32
-    packed = tensors[name][1][-1]
-    if packed == columns:
+    group = next((g for g in (64, 32) if columns % g == 0), 0)
+    if not bits or not group:
         linear = nn.Linear(columns, rows, bias=False)
         linear.weight = mx.random.normal((rows, columns)).astype(dtype)
         return linear
-    layer = nn.QuantizedLinear(64, 1, False, 64, packed * 32 // columns)  # of any size: what it holds is replaced
-    layer.weight = mx.random.randint(0, 1 << 31, (rows, packed)).astype(mx.uint32)
-    layer.scales = layer.biases = mx.full((rows, columns // 64), 0.01, dtype)
+    layer = nn.QuantizedLinear(group, 1, False, group, bits)  # of any size: what it holds is replaced
+    layer.weight = mx.random.randint(0, 1 << 31, (rows, columns * bits // 32)).astype(mx.uint32)
+    layer.scales = layer.biases = mx.full((rows, columns // group), 0.01, dtype)
     holder = nn.Sequential(layer)
     use_cpu_kernels(holder)
     return layer
