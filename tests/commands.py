@@ -24,6 +24,7 @@ FILES = (  # and the model card, which may be edited, with its pictures
     "model-rest.safetensors",
     "quality.json",
     "tiny_qmoe_manifest.json",
+    "tiny_qmoe_model.py",
     "tokenizer.json",
     "tokenizer_config.json",
 )

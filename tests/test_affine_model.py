@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, save_model
 from records import stored
 
-from tiny_qmoe_mlx import affine_product, container, models, native, ops, plan, spec, verify
+from tiny_qmoe_mlx import affine_product, container, models, native, ops, spec, verify
 from tiny_qmoe_mlx.codecs import affine
 from tiny_qmoe_mlx.conversion import affine as affine_convert
 from tiny_qmoe_mlx.errors import FormatError
@@ -21,6 +21,7 @@ from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.generate import stream_generate
 from tiny_qmoe_mlx.metal import Records
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.plan import plan
 
 # ---- models
 
@@ -128,7 +129,7 @@ def logits(model, tokens):
 
 
 def budget(directory, share):
-    found = plan.plan(directory, context=512)
+    found = plan(directory, context=512, probe=False)
     low, high = found["min_budget_bytes"], found["resident_budget_bytes"]
     return int(low + share * (high - low))
 

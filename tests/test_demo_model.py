@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny_models
 
-from tiny_qmoe_mlx import locate, models, native, plan
+from tiny_qmoe_mlx import locate, models, native
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.generate import stream_generate
+from tiny_qmoe_mlx.plan import plan
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +35,7 @@ def plain(directory):
 
 
 def budgets(directory):
-    found = plan.plan(directory)
+    found = plan(directory)
     low, high = found["min_budget_bytes"], found["resident_budget_bytes"]
     return {"fewest": low, "half": (low + high) // 2, "all": high}
 

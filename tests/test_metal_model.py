@@ -9,8 +9,9 @@ import pytest
 import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import locate, metal, models, native, plan, probes
+from tiny_qmoe_mlx import locate, metal, models, native, probes
 from tiny_qmoe_mlx.conversion.run import Settings, convert
+from tiny_qmoe_mlx.plan import plan
 
 pytestmark = [metal_cpu.required, pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")]
 # float32 activations on both sides: only the order of the sums differs
@@ -45,7 +46,7 @@ def gpu(monkeypatch):
 
 
 def budget(directory, share):
-    found = plan.plan(directory, context=128)
+    found = plan(directory, context=128)
     low, high = found["min_budget_bytes"], found["resident_budget_bytes"]
     return int(low + share * (high - low))
 

@@ -10,12 +10,13 @@ import pytest
 import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 
-from tiny_qmoe_mlx import expert_kind, models, native, plan
+from tiny_qmoe_mlx import expert_kind, models, native
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.generate import stream_generate
 from tiny_qmoe_mlx.lookahead import Early
+from tiny_qmoe_mlx.plan import plan
 from tiny_qmoe_mlx.streaming.profile import load_profile
 from tiny_qmoe_mlx.streaming.trace import read_trace
 
@@ -45,7 +46,7 @@ def converted(tmp_path_factory):
 
 def budget(directory, share):
     """A budget that holds all experts (1), the fewest that work (0), or something between."""
-    found = plan.plan(directory, context=512)
+    found = plan(directory, context=512, probe=False)
     low, high = found["min_budget_bytes"], found["resident_budget_bytes"]
     return int(low + share * (high - low))
 

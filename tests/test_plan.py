@@ -9,8 +9,9 @@ import pytest
 import records
 from commands import refusal
 
-from tiny_qmoe_mlx import budget, container, footprint, forecast, plan, speed
+from tiny_qmoe_mlx import budget, container, footprint, forecast, speed
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.plan import plan
 from tiny_qmoe_mlx.streaming import expected, profile, trace
 
 pytest_plugins = ["command_fixtures", "hub_server"]
@@ -135,7 +136,7 @@ def test_the_dense_probe_multiplies_the_models_own_matrices(converted, monkeypat
     seen = []
     monkeypatch.setattr(speed, "_seconds_of", lambda names, tensors, small_ops: seen.append(names) or 1.0)
     tensors = footprint.tensor_sizes(model)
-    layers = speed._by_layer(tensors)
+    layers = speed._by_layer(speed._matrices(model))
     middle = layers[sorted(layers)[len(layers) // 2]]
     assert len(layers) == model.config["num_hidden_layers"] and len(middle) >= 4
     words = {
@@ -189,7 +190,7 @@ def test_a_model_on_the_hub_is_planned_from_its_headers(hub, run, tmp_path):
     model = tmp_path / "here"
     records.write_model(model, hidden=256, width=512, experts=96, layers=2, alignment=4096, rates=[4] * 20)
     hub.repositories["org/big"] = model
-    whole = plan.plan(model, memory=(low := plan.plan(model, probe=False)["min_budget_bytes"]), probe=False)
+    whole = plan(model, memory=(low := plan(model, probe=False)["min_budget_bytes"]), probe=False)
     done = run("plan", "--model", "org/big", "--memory", low, "--json")
     assert done.status == 0 and done.err == "", done
     found = json.loads(done.out)
@@ -214,6 +215,6 @@ def test_what_cannot_be_planned_on_the_hub(hub, run, tmp_path, checkpoint, chang
 
 def test_headers_alone_are_planned_like_the_model(converted, tmp_path):
     """The disk is probed where it is told to be; everything else is the same."""
-    whole = plan.plan(converted, context=128, probe=False)
-    there = plan.plan(converted, context=128, memory=whole["min_budget_bytes"], disk_folder=tmp_path)
+    whole = plan(converted, context=128, probe=False)
+    there = plan(converted, context=128, memory=whole["min_budget_bytes"], disk_folder=tmp_path)
     assert there["disk_bytes_per_s"] > 0 and not list(tmp_path.iterdir())

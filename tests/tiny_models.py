@@ -162,7 +162,7 @@ def plain_model(container: Container):
 
         return Plain, args
 
-    model, _ = load_model(container.directory, lazy=True, get_model_classes=classes)
+    model, _ = load_model(container.directory, lazy=True, model_config={"model_file": None}, get_model_classes=classes)
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model

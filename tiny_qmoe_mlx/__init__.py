@@ -1,20 +1,42 @@
-"""Mixture-of-experts models at 1 to 3 bits per expert weight, streamed from disk under a memory budget, on MLX."""
+"""Mixture-of-experts models at 1 to 3 bits per expert weight, streamed from disk under a memory budget, on MLX.
+
+    with load("qwen3-2bit", memory="6GB")[0] as model: ...    # or model.close()
+
+Models loaded in one process share code, and no state of ours: each has its budget, pool, reader threads and counters.
+Process-wide, and so common to all, are MLX's limits and allocator (`load` sets `mx.set_cache_limit`), the BLAS under
+MLX's CPU backend (chosen by this import, before MLX's), the C++ library's threads, which calls use in turns, and the
+peak memory in a model's `stats()`. A budget counts everything that a process holds beside one model: of two, each
+counts the program once. A model may generate in any thread; its budget provides for one generation at a time.
+"""
 
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiny_qmoe_mlx import blas
 
+if TYPE_CHECKING:
+    from tiny_qmoe_mlx.convert import convert
+    from tiny_qmoe_mlx.generate import batch_generate, generate, stream_generate
+    from tiny_qmoe_mlx.models import load
+    from tiny_qmoe_mlx.plan import plan
+
 __version__ = "0.1.0"
 
-_HOMES = {"load": "models", "generate": "generate", "stream_generate": "generate", "convert": "convert"}
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+_HOMES = {
+    "batch_generate": "generate",
+    "convert": "convert",
+    "generate": "generate",
+    "load": "models",
+    "plan": "plan",
+    "stream_generate": "generate",
+}
+__all__ = ["__version__", "batch_generate", "convert", "generate", "load", "plan", "stream_generate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load`, `generate`, `stream_generate` and `convert` (and with them MLX) when they are first asked for."""
+    """Import the public functions (and with them MLX) when they are first asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tiny_qmoe_mlx import model_file
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import (
     ALIGNMENTS,
@@ -222,6 +223,7 @@ def open_model(path: str | Path, hash_files: bool = False) -> Container:
             check_experts_header(directory, layers[name], spec.alignment, entry)
         if hash_files:
             check_hash(directory, name, entry, layers.get(name))
+    model_file.check(directory, config, files)
     return Container(directory, config, spec, files)
 
 

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import footprint, ops, probes
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
+from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
+from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import CODEC, ModelSpec
 from tiny_qmoe_mlx.streaming import profile as profiles
@@ -170,14 +173,31 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
         class Model(base):  # type: ignore[valid-type, misc]
             def __init__(self, args: Any):
                 super().__init__(args)
+                self.door = Door()
                 swap_experts(self, spec)
+                # what is no parameter (a rope's frequencies) is lazy, and could be computed in this thread alone
+                own = [a for m in self.modules() for k, a in m.items() if k[0] == "_" and isinstance(a, mx.array)]
+                mx.eval(own)
+
+            @wraps(base.__call__)  # mlx-lm reads its signature
+            def __call__(self, *inputs: Any, **options: Any) -> mx.array:
+                with self.door:
+                    return super().__call__(*inputs, **options)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 records = tuple(f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums"))
                 kept = {name: w for name, w in weights.items() if name not in records}
                 return super().sanitize(kept) if hasattr(base, "sanitize") else kept
 
+            def __enter__(self) -> "Model":
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                self.close()
+
             def close(self) -> None:
+                """Free pool and files, once calls under way in other threads have ended; no call works afterwards."""
+                self.door.shut()
                 self.tiny_qmoe.close()
 
         return Model, args
@@ -243,19 +263,36 @@ def load(
         ValueError: this machine's GPU computes experts wrongly.
     """
     directory = checkpoint.find_directory(str(path))
-    container = open_model(directory, hash_files=True)
     cpu = mx.default_device() == mx.cpu
+    container, budget = prepare(directory, memory, context, cpu)
+    model = _build(directory, container, cpu)
+    attach(model, container, budget, streaming, progress)
+    return model, tokenizer or open_tokenizer(directory)
+
+
+def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tuple[Container, budgets.Budget]:
+    """What comes before the weights: files, budget and GPU are checked, MLX's cache is limited; raises as `load`."""
+    container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
     if ops.on_gpu() and container.spec.codec == CODEC:  # MLX's own kernels compute the affine codec
         check_gpu(container.spec.length)
-    model = _build(directory, container, cpu)
+    return container, budget
+
+
+def attach(
+    model: nn.Module,
+    container: Container,
+    budget: budgets.Budget,
+    streaming: Streaming = Streaming(),  # noqa: B008 (frozen)
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """What comes after the weights: the layers get their pool, as full as the budget allows."""
     layers = record_layers(model)
     model.tiny_qmoe = Runtime(container, budget, layers, streaming)
     _load_resident(model.tiny_qmoe, progress)
     if budget.mode == "streamed":
         model.tiny_qmoe.stream(model, layers)
-    return model, tokenizer or open_tokenizer(directory)
 
 
 def check_gpu(length: int) -> None:
@@ -283,7 +320,7 @@ def open_tokenizer(directory: Path) -> TokenizerWrapper:
 
 def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
     try:
-        model, _ = load_model(directory, lazy=True, get_model_classes=model_classes(container.spec))
+        model, _ = load_model(directory, True, model_config=NOT_RUN, get_model_classes=model_classes(container.spec))
     except Exception as error:  # a config that contradicts itself trips mlx-lm in many ways
         if isinstance(error, FormatError | MemoryError):
             raise
@@ -291,13 +328,18 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
         raise FormatError(
             f"[model] the weights of {directory} do not fit its config: {reason}; convert the model again."
         ) from error
+    finish(model, cpu)
+    return model
+
+
+def finish(model: nn.Module, cpu: bool) -> None:
+    """Bring a model's own weights into memory, in the form that this device computes with."""
     if cpu:
         model.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
     use_cpu_kernels(model)
     mx.eval(model.parameters())
     gc.collect()
     mx.clear_cache()
-    return model
 
 
 def _load_resident(runtime: Runtime, progress: Progress) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import locate, model_file, terminal
 from tiny_qmoe_mlx.codecs import affine, trellis
 from tiny_qmoe_mlx.container import (
     CHECKSUM_BYTES,
@@ -58,8 +58,9 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
     files = read_manifest(directory)
     spec, layers = None, {}
     try:
-        spec = read_config(directory)[1]
+        config, spec = read_config(directory)
         layers = {layer.file: layer for layer in spec.layers}
+        model_file.check_named(config, files)
         check_names(directory, files, layers)
         yield from _check_bits(spec)
     except FormatError as error:
@@ -70,7 +71,7 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
         elif name.endswith(LOOSE) and not (directory / name).exists():
             advance(entry["bytes"])
         elif "header_bytes" not in entry:  # an experts file that no readable config describes cannot be checked
-            yield from _caught(name, check_size, check_hash, args=(directory, name, entry))
+            yield from _caught(name, check_size, check_hash, model_file.check_text, args=(directory, name, entry))
             advance(entry["bytes"])
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from tiny_qmoe_mlx import model_file
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import ModelSpec
@@ -109,7 +110,7 @@ def forget(module: nn.Module) -> None:
 
 
 def write_words(source: Path, config: dict[str, Any], spec: ModelSpec, bits: int, directory: Path) -> None:
-    """config.json with the container's words, the tokenizer's files and the licence.
+    """config.json with the container's words, the file for mlx-lm's tools, the tokenizer's files and the licence.
 
     Raises:
         FormatError: the source lacks something that a model needs.
@@ -117,7 +118,7 @@ def write_words(source: Path, config: dict[str, Any], spec: ModelSpec, bits: int
     kept = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config", "vision_config")}
     if bits < 16:
         kept["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
-    write_json(directory / "config.json", {**kept, "tiny_qmoe": spec.to_dict()})
+    write_json(directory / "config.json", {**kept, **model_file.write(directory), "tiny_qmoe": spec.to_dict()})
     for pattern in COPIED:
         for file in source.glob(pattern):
             if not file.is_file():

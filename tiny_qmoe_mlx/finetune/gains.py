@@ -29,6 +29,7 @@ from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.finetune.distill import Progress, Schedule, Teacher, distill, held_out_loss, teach
 from tiny_qmoe_mlx.finetune.model import Decoded, GainedExperts, decoded, in_stored_order
 from tiny_qmoe_mlx.layers import use_cpu_kernels
+from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.streaming.store import ExpertStore
 
@@ -220,7 +221,8 @@ def _teacher(source: Path, tokens: np.ndarray, settings: Settings, progress: Pro
 
 def differentiable(opened: Container, progress: Progress) -> tuple[ExpertStore, nn.Module]:
     """The converted model in float32 with its experts decoded, their gains parameters; and the store of its records."""
-    model, _ = load_model(opened.directory, lazy=True, get_model_classes=models.model_classes(opened.spec))
+    classes = models.model_classes(opened.spec)
+    model, _ = load_model(opened.directory, True, model_config=NOT_RUN, get_model_classes=classes)
     model.update_modules(tree_unflatten([(path, _dense(m)) for path, m in _quantized(model)]))
     model.set_dtype(mx.float32)
     layers = models.record_layers(model)
