@@ -10,6 +10,7 @@ import os
 import statistics
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,26 @@ def memory(key: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
+Choices = list[tuple[int, list[int]]]  # of one token each: layer, its experts
+
+
+def lru_hits(choices: Choices, words: dict[str, Any]) -> float:
+    """Hits of the measured tokens, with half of all experts in memory, the least recently used leaving: how alike one
+    token's experts are to those before it, whatever the engine keeps."""
+    asked = [(layer, expert) for layer, experts in choices for expert in experts]
+    total = words["prompt"] + words["warm"] + words["tokens"]
+    first = len(asked) * (total - words["tokens"]) // total
+    held: OrderedDict[tuple[int, int], None] = OrderedDict()
+    hits = 0
+    for at, key in enumerate(asked):
+        hits += at >= first and key in held
+        held[key] = None
+        held.move_to_end(key)
+        if len(held) > words["slots"]:
+            held.popitem(last=False)
+    return hits / max(1, len(asked) - first)
+
+
 def feed(step: Callable[[list[int]], object], words: dict[str, Any], begin: Callable[[], object]) -> dict[str, Any]:
     """Run the tokens; begin is called where measuring does."""
     ids, warm = token_ids(words), words["prompt"] + words["warm"]
@@ -49,7 +70,7 @@ def feed(step: Callable[[list[int]], object], words: dict[str, Any], begin: Call
         start = time.perf_counter()
         step([token])
         times.append(time.perf_counter() - start)
-    found = {"first_s": first, "token_s": statistics.mean(times), "token_median_s": statistics.median(times)}
+    found = {"prompt_s": first, "token_s": statistics.mean(times), "token_median_s": statistics.median(times)}
     return found | {"bytes_per_token": (read_bytes() - before) / len(times)}
 
 
@@ -57,19 +78,25 @@ def feed(step: Callable[[list[int]], object], words: dict[str, Any], begin: Call
 
 
 def llama(words: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp on a file mapped into memory; weights stay where they are mapped, not packed anew."""
+    """llama.cpp on a file mapped into memory; weights stay where they are mapped, not packed anew. With `routing` its
+    choices of experts are counted, which takes time."""
     import llama_cpp as lib
 
     silent = lib.llama_log_callback(lambda level, text, data: None)  # must live as long as the library calls it
     lib.llama_log_set(silent, ctypes.c_void_p())
     lib.llama_backend_init()
     start, options = time.perf_counter(), lib.llama_model_default_params()
-    options.use_mmap, options.use_mlock, options.n_gpu_layers, options.use_extra_bufts = True, False, 0, False
+    options.load_mode, options.n_gpu_layers, options.use_extra_bufts = lib.LLAMA_LOAD_MODE_MMAP, 0, False
     model = lib.llama_model_load_from_file(words["model"].encode(), options)
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, os.cpu_count(), os.cpu_count()
-    context = lib.llama_init_from_model(model, settings)
-    if not model or not context:
+    settings.type_k = settings.type_v = 0  # GGML_TYPE_F32, as MLX has them on a CPU
+    choices: Choices = []
+    watch = routing_callback(lib, choices)  # must live as long as the context
+    if words.get("routing"):
+        settings.cb_eval = watch
+    context = lib.llama_init_from_model(model, settings) if model else None
+    if not context:
         raise SystemExit(f"[side] llama.cpp should load {words['model']}, it does not")
     loaded = time.perf_counter() - start
 
@@ -79,20 +106,49 @@ def llama(words: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit("[side] llama_decode should succeed, it failed")
         lib.llama_get_logits(context)
 
+    if words.get("routing"):  # token by token: the rows of a prompt's choices do not lie side by side
+        for token in token_ids(words):
+            step([token])
+        return {"lru_hits": lru_hits(choices, words)}
     return {**feed(step, words, lambda: None), "load_s": loaded, "anonymous_bytes": memory("RssAnon")}
+
+
+def routing_callback(lib: Any, choices: Choices) -> Any:
+    """A callback of ggml's scheduler that writes down the experts that each layer chooses for one token."""
+    base = ctypes.CDLL(str(next((Path(lib.__file__).parent / "lib").glob("*ggml-base.*"))))
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    base.ggml_get_name.argtypes, base.ggml_get_name.restype = [pointer], ctypes.c_char_p
+    base.ggml_nbytes.argtypes, base.ggml_nbytes.restype = [pointer], size
+    base.ggml_backend_tensor_get.argtypes = [pointer, pointer, size, size]
+
+    def call(tensor: int, ask: bool, data: object) -> bool:
+        name = base.ggml_get_name(tensor)
+        if not name.startswith(b"ffn_moe_topk-"):
+            return not ask
+        if not ask:
+            chosen = np.empty(base.ggml_nbytes(tensor) // 4, np.int32)
+            base.ggml_backend_tensor_get(tensor, chosen.ctypes.data, 0, chosen.nbytes)
+            choices.append((int(name.split(b"-")[1]), chosen.tolist()))
+        return True
+
+    return lib.ggml_backend_sched_eval_callback(call)
 
 
 def ours(words: dict[str, Any]) -> dict[str, Any]:
     """Ours, experts streamed or resident as the budget says; seconds within the expert layers, reads included."""
-    from tiny_qmoe_mlx import blas, layers, models
+    from tiny_qmoe_mlx import blas, layers, lookahead, models
 
     blas.install()
     inside, call = [0.0], layers.RecordExperts.__call__
+    choices: Choices = []
 
     def timed(self: Any, x: Any, indices: Any) -> Any:
         import mlx.core as mx
 
+        if lookahead.probing():  # within the call of the layer before, whose time it is
+            return call(self, x, indices)
         mx.eval(x, indices)  # what came before is not the experts'
+        choices.extend((self._index, row) for row in np.array(indices).reshape(-1, indices.shape[-1]).tolist())
         start = time.perf_counter()
         y = call(self, x, indices)
         mx.eval(y)
@@ -102,7 +158,8 @@ def ours(words: dict[str, Any]) -> dict[str, Any]:
     layers.RecordExperts.__call__ = timed  # type: ignore[method-assign]
     with blas.shared_machine():
         start = time.perf_counter()
-        model, _ = models.load(words["model"], words["memory"], CONTEXT)
+        streaming = models.Streaming(lookahead=words.get("lookahead", "auto"))
+        model, _ = models.load(words["model"], words["memory"], CONTEXT, streaming=streaming)
         loaded, before = time.perf_counter() - start, {}
         scale_embeddings(model)
 
@@ -119,8 +176,12 @@ def ours(words: dict[str, Any]) -> dict[str, Any]:
         "wait_s": asked["io_wait_s"] / words["tokens"],
     }
     found |= {"mode": stats["mode"], "pool_bytes": stats["pool_bytes"], "budget_bytes": stats["budget_bytes"]}
+    found["given_back_bytes"] = (
+        model.tiny_qmoe._pressure.given_back
+    )  # of the pool, while the system was short of memory
     found["record_bytes_per_token"] = asked["bytes_read"] / words["tokens"]
     found["hit_rate"] = asked["expert_hits"] / (asked["expert_hits"] + asked["expert_misses"])
+    found["lru_hits"], found["direct_reads"] = lru_hits(choices, words), stats["direct_reads"]
     model.close()
     return found
 
@@ -134,11 +195,19 @@ def scale_embeddings(model: Any) -> None:
 
 
 def mlx_step(model: Any) -> Callable[[list[int]], object]:
+    """Tokens into the model as mlx-lm's generate has them: of a prompt, only the last one's logits are computed."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    return lambda ids: mx.eval(model(mx.array([ids]), cache=cache)[:, -1])
+
+    def step(ids: list[int]) -> None:
+        if len(ids) > 1:
+            model(mx.array([ids[:-1]]), cache=cache)
+            mx.eval([c.state for c in cache])
+        mx.eval(model(mx.array([ids[-1:]]), cache=cache))
+
+    return step
 
 
 def mlx_lm(words: dict[str, Any]) -> dict[str, Any]:
@@ -150,25 +219,43 @@ def mlx_lm(words: dict[str, Any]) -> dict[str, Any]:
     from tiny_qmoe_mlx import blas
 
     blas.install()
+    start = time.perf_counter()
     config = json.loads((Path(words["model"]) / "config.json").read_text())
     base, arguments = _get_classes(config)
     model = base(arguments.from_dict(config))
-    model.set_dtype(mx.float32)
-    nn.quantize(model, 64, 4)
+    model.set_dtype(mx.float32)  # of scales too: on a CPU MLX takes 5 times as long in bfloat16
+    nn.quantize(model, 64, 4, class_predicate=lambda path, m: hasattr(m, "to_quantized") and _bits(model, path, m))
     for module in model.modules():
         if "scales" in module:
-            module.weight = mx.random.randint(0, 1 << 31, module.weight.shape).astype(mx.uint32)
-            module.scales, module.biases = mx.full(module.scales.shape, 0.003), mx.full(module.scales.shape, -0.0225)
-            mx.eval(module.weight, module.scales, module.biases)
+            fill(module)
     mx.eval(model.parameters())
     scale_embeddings(model)
+    loaded = time.perf_counter() - start
     with blas.shared_machine():
-        return feed(mlx_step(model), words, lambda: None)
+        return {**feed(mlx_step(model), words, lambda: None), "load_s": loaded}
+
+
+def _bits(model: Any, path: str, module: Any) -> bool | dict[str, int]:
+    """What mlx-lm's own conversion does with a layer: of some models the routers stay at 8 bits."""
+    return model.quant_predicate(path, module) if hasattr(model, "quant_predicate") else True
+
+
+def fill(module: Any) -> None:
+    """Codes of noise, weights of deviation 0.014 around 0."""
+    import mlx.core as mx
+
+    codes = np.random.default_rng(0).integers(0, 1 << 32, module.weight.shape, np.uint32)
+    scale = 0.014 * 12**0.5 / (1 << module.bits)
+    module.weight, shape = mx.array(codes), module.scales.shape
+    module.scales, module.biases = mx.full(shape, scale), mx.full(shape, -scale * ((1 << module.bits) - 1) / 2)
+    mx.eval(module.weight, module.scales, module.biases)
 
 
 def main() -> None:
     words = json.loads(sys.argv[1])
     found = {"llama": llama, "ours": ours, "mlx": mlx_lm}[words["engine"]](words)
+    if "prompt_s" in found:
+        found["first_s"] = found["load_s"] + found["prompt_s"]  # a mapped file is read by the first tokens
     print(json.dumps({**found, "peak_bytes": memory("VmHWM")}))
 
 
