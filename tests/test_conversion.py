@@ -47,14 +47,14 @@ def open_float32(source: Path):
     return model, config
 
 
-def tokens_of(config: dict, rows: int = 3, length: int = 40) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, config["vocab_size"], (rows, length)).astype(np.int32)
+def tokens_of(config: dict, rows: int = 3, length: int = 40, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config["vocab_size"], (rows, length)).astype(np.int32)
 
 
 def test_streams_are_what_mlx_lm_computes(source):
     """Layer by layer with the experts taken out and put back as weighted sums, against the model's own forward pass."""
     model, config = open_float32(source)
-    tokens = tokens_of(config)
+    tokens = tokens_of(config, seed=5)  # of seed 1 one choice of a router hangs on rounding, by the machine
     expected = model(mx.array(tokens))
     model, _ = open_float32(source)
     found = {f.layer: f for f in checkpoint.expert_layers(model)}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,14 @@ from tiny_qmoe_mlx import budget, container, model_file
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 
 pytest_plugins = ["command_fixtures"]
+
+
+@pytest.fixture
+def model(converted, tmp_path) -> Path:
+    """A copy to damage; here, as other modules' plugins have a fixture of the same name."""
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
 PROMPTS = ("the river stone", "old quick bright over")
 TOKENS = 12
 GREEDY = ("--trust-remote-code", "--temp", "0", "--max-tokens", TOKENS)

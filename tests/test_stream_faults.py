@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,14 @@ from tiny_qmoe_mlx.streaming.cache import ExpertCache
 from tiny_qmoe_mlx.streaming.profile import load_profile
 
 pytest_plugins = ["command_fixtures"]
+
+
+@pytest.fixture
+def model(converted, tmp_path) -> Path:
+    """A copy to damage; here, as other modules' plugins have a fixture of the same name."""
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
 
 EXIT_S = 5.0  # from Ctrl-C to the end of the process; a second on an idle machine

@@ -161,7 +161,9 @@ def _dense_size(name: str, tensors: dict, config: dict) -> int:
 
 def group_size(name: str, config: dict) -> int:
     """Columns of a quantized matrix that share a scale."""
-    every = config.get("quantization") or {}
+    every = config.get("quantization")
+    if not isinstance(every, dict):  # which `load` refuses
+        return 64
     own = every.get(name.removesuffix(".weight"))
     size = (own if isinstance(own, dict) else every).get("group_size", 64)
     return size if isinstance(size, int) and 0 < size <= 1024 else 64
