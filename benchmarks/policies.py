@@ -1,4 +1,4 @@
-"""Which expert leaves a full pool: four policies and the optimum, for replays of a routing trace.
+"""Which expert leaves a full pool: five policies and the optimum, for replays of a routing trace.
 
 A policy of `slots` slots has `key in policy`, `touch(key)` for a hit, and `insert(key, keep)` for a miss, which makes
 room without throwing out what `keep` holds: the pins of the call under way. `serve` runs one call through any of them.

@@ -136,7 +136,7 @@ def test_the_dense_probe_multiplies_the_models_own_matrices(converted, monkeypat
     seen = []
     monkeypatch.setattr(speed, "_seconds_of", lambda names, tensors, small_ops: seen.append(names) or 1.0)
     tensors = footprint.tensor_sizes(model)
-    layers = speed._by_layer(speed._matrices(model))
+    layers = speed._by_layer(footprint.matrices(model))
     middle = layers[sorted(layers)[len(layers) // 2]]
     assert len(layers) == model.config["num_hidden_layers"] and len(middle) >= 4
     words = {
@@ -214,7 +214,35 @@ def test_what_cannot_be_planned_on_the_hub(hub, run, tmp_path, checkpoint, chang
 
 
 def test_headers_alone_are_planned_like_the_model(converted, tmp_path):
-    """The disk is probed where it is told to be; everything else is the same."""
-    whole = plan(converted, context=128, probe=False)
-    there = plan(converted, context=128, memory=whole["min_budget_bytes"], disk_folder=tmp_path)
+    """The disk is probed where it is told to be; what is not measured is the same."""
+    low = plan(converted, context=128, probe=False)["min_budget_bytes"]
+    whole = plan(converted, context=128, memory=low, probe=False)
+    there = plan(converted, context=128, memory=low, disk_folder=tmp_path)
     assert there["disk_bytes_per_s"] > 0 and not list(tmp_path.iterdir())
+    assert whole.items() <= there.items()
+
+
+@pytest.mark.parametrize("shape", [[], [0], [8, 0], [0, 0]], ids=str)
+def test_scales_of_no_columns_break_no_plan(converted, monkeypatch, shape):
+    """From a stranger's headers: `load` refuses such a model, a plan counts its matrices as they lie."""
+    sizes = footprint.tensor_sizes(container.open_model(converted))
+    hostile = {name: (dtype, shape if name.endswith(".scales") else s) for name, (dtype, s) in sizes.items()}
+    assert hostile != sizes
+    monkeypatch.setattr(footprint, "tensor_sizes", lambda opened: hostile)
+    found = plan(converted, context=128)
+    assert found["fits"] and found["tokens_per_s"] > 0
+    quantized = [n for n in sizes if n.endswith(".scales")]
+    for name in quantized:
+        rows, columns, bits = footprint.matrices(container.open_model(converted))[
+            name.removesuffix("scales") + "weight"
+        ]
+        assert bits == 0 and [rows, columns] == sizes[name.removesuffix("scales") + "weight"][1]
+
+
+def test_a_model_that_takes_more_experts_than_it_has_is_probed_with_those_it_has(converted):
+    model = container.open_model(converted)
+    assert speed.experts(model, 1 << 40) > 0
+
+
+def test_a_revision_is_the_hubs(here, converted):
+    assert "--revision is that of a model on the hub" in refusal(here("plan", "--model", converted, "--revision", "x"))

@@ -38,6 +38,7 @@ SIZE_KEYS = (
     "qk_nope_head_dim",
     "v_head_dim",
 )
+Matrix = tuple[int, int, int]
 FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "BOOL": 1}
 
@@ -147,16 +148,21 @@ def _expert_bytes(container: Container, tokens: int, cpu: bool) -> int:
 
 def _dequantized_bytes(container: Container) -> int:
     """The largest quantized matrix of a layer as float32, which the CPU path multiplies many tokens with."""
-    tensors = tensor_sizes(container)
     top = ("embed_tokens", "lm_head", "wte", "output")
-    inside = (name for name in tensors if name.endswith(".weight") and not any(part in name for part in top))
-    return max((4 * _dense_size(name, tensors, container.config) for name in inside), default=0)
+    inside = ((n, m) for n, m in matrices(container).items() if not any(part in n for part in top))
+    return max((4 * rows * columns for _, (rows, columns, bits) in inside if bits), default=0)
 
 
-def _dense_size(name: str, tensors: dict, config: dict) -> int:
-    """Weights of a matrix that MLX has quantized; 0 of others, which are multiplied as they are."""
-    shape, scales = tensors[name][1], tensors.get(name.replace(".weight", ".scales"))
-    return shape[0] * scales[1][1] * group_size(name, config) if scales and len(shape) == 2 else 0
+def matrices(container: Container) -> dict[str, Matrix]:
+    """(rows, columns, bits) of every dense matrix, 0 bits where it is not quantized; a stack is one tall matrix."""
+    sizes, found = tensor_sizes(container), {}
+    for name, (_, shape) in sizes.items():
+        if not name.endswith(".weight") or len(shape) < 2:
+            continue
+        groups = (sizes.get(name.removesuffix("weight") + "scales", ("", []))[1] or [0])[-1]
+        columns = groups * group_size(name, container.config) or shape[-1]
+        found[name] = math.prod(shape[:-1]), columns, shape[-1] * 32 // columns if groups else 0
+    return found
 
 
 def group_size(name: str, config: dict) -> int:

@@ -16,7 +16,7 @@ from tiny_qmoe_mlx.staging import MANIFEST
 DEMO = "demo"
 DEMO_BITS = 2.0
 DEMO_SEQUENCES = 32  # of 256 tokens: the demo should be ready soon
-CONVERTER = 4  # raise it whenever the same settings give another file: old demo models are then converted anew
+CONVERTER = 5  # raise it whenever the same settings give another file: old demo models are then converted anew
 
 
 def model_directory(name: str, quiet: bool = False) -> Path:

@@ -191,6 +191,8 @@ def _plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     quiet = args.quiet or args.json
     options = (args.memory, args.context, not args.no_probe, args.profile, args.trace)
     if args.model == locate.DEMO or Path(args.model).expanduser().exists():
+        if args.revision is not None:
+            raise ValueError(f"[plan] --revision is that of a model on the hub, {args.model} is on this machine.")
         directory = locate.model_directory(args.model, quiet)
         found = plan(directory, *options)
     else:

@@ -19,6 +19,7 @@ import numpy as np
 from tiny_qmoe_mlx import footprint, ops, probes
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.container import Container
+from tiny_qmoe_mlx.footprint import Matrix
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.spec import CODEC
 from tiny_qmoe_mlx.streaming.pool import Pool
@@ -28,7 +29,6 @@ READERS = 8
 PROBED_BYTES = 256 << 20  # of a file that is written where the model's own is not at hand
 CACHE_BYTES = 64 << 20  # more than processors keep of what they have just read
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-Matrix = tuple[int, int, int]
 SMALL_OPS = 24  # norms, rotary embeddings, additions, the router's choice: what a layer computes beside its products
 
 
@@ -69,10 +69,11 @@ def experts(container: Container, top_k: int) -> float:
     hidden, width = layers[0].shapes[-1][0], layers[0].shapes[0][0]
     rate = int(np.abs(trellis.BITS[1:] - container.spec.bits).argmin()) + 1
     record = 3 * hidden * width * trellis.BITS[rate] / 8
-    count = top_k + math.ceil(CACHE_BYTES / record)
+    chosen = min(top_k, max(layer.experts for layer in layers))
+    count = min(chosen + math.ceil(CACHE_BYTES / record), max(chosen, sum(layer.experts for layer in layers)))
     x = mx.random.normal((1, hidden)).astype(mx.float16 if ops.on_gpu() else mx.float32)
     rng, call = np.random.default_rng(0), _call(container, probes.noise_layer(hidden, width, count, rate), x)
-    taken = probes.seconds(lambda: mx.eval(call(rng.permutation(count)[None, :top_k])))
+    taken = probes.seconds(lambda: mx.eval(call(rng.permutation(count)[None, :chosen])))
     weights = sum(rows * columns for layer in layers for rows, columns in layer.shapes)
     return taken * weights / (3 * hidden * width)
 
@@ -93,31 +94,13 @@ def _call(container: Container, layer: probes.Layer, x: mx.array) -> Callable[[n
 
 def dense(container: Container) -> float:
     """Seconds of everything but the routed experts for one token at a short context."""
-    tensors = _matrices(container)
+    tensors = footprint.matrices(container)
     layers = _by_layer(tensors)
     middle = layers[sorted(layers)[len(layers) // 2]] if layers else []
     weights = sum(_weights(name, tensors) for name in middle)
     total = sum(_weights(name, tensors) for names in layers.values() for name in names)
     of_layers = _seconds_of(middle, tensors, SMALL_OPS) * (total / weights if weights else 0)
     return of_layers + _seconds_of(_output_layer(tensors), tensors, 2)
-
-
-def _matrices(container: Container) -> dict[str, Matrix]:
-    """(rows, columns, bits) of every dense matrix, 0 bits where it is not quantized; a stack counts as one tall matrix.
-
-    Quantizations that MLX's affine mode does not have are timed as 8 bits of it.
-    """
-    sizes, found = footprint.tensor_sizes(container), {}
-    for name, (_, shape) in sizes.items():
-        if not name.endswith(".weight") or len(shape) < 2:
-            continue
-        scales, columns, bits = sizes.get(name.removesuffix("weight") + "scales"), shape[-1], 0
-        if scales:
-            columns = scales[1][-1] * footprint.group_size(name, container.config)
-            bits = shape[-1] * 32 // columns
-            bits = bits if bits in AFFINE_BITS else 8
-        found[name] = math.prod(shape[:-1]), columns, bits
-    return found
 
 
 def _by_layer(tensors: dict[str, Matrix]) -> dict[int, list[str]]:
@@ -174,13 +157,16 @@ def _columns(module: nn.Module) -> int:
 
 
 def _module(rows: int, columns: int, bits: int) -> nn.Module:
-    """A layer of noise of a shape, quantized in groups of 64 or, where they do not fit, 32."""
+    """A layer of noise of a shape, quantized in groups of 64 or, where they do not fit, 32; what MLX's affine mode does
+    not have is timed as 8 bits of it.
+    """
     dtype = mx.float16 if ops.on_gpu() else mx.float32
     group = next((g for g in (64, 32) if columns % g == 0), 0)
     if not bits or not group:
         linear = nn.Linear(columns, rows, bias=False)
         linear.weight = mx.random.normal((rows, columns)).astype(dtype)
         return linear
+    bits = bits if bits in AFFINE_BITS else 8
     layer = nn.QuantizedLinear(group, 1, False, group, bits)  # of any size: what it holds is replaced
     layer.weight = mx.random.randint(0, 1 << 31, (rows, columns * bits // 32)).astype(mx.uint32)
     layer.scales = layer.biases = mx.full((rows, columns // group), 0.01, dtype)
