@@ -244,5 +244,10 @@ def test_a_model_that_takes_more_experts_than_it_has_is_probed_with_those_it_has
     assert speed.experts(model, 1 << 40) > 0
 
 
+def test_a_trace_that_is_not_there_says_what_writes_one(here, converted, tmp_path):
+    sentence = refusal(here("plan", "--model", converted, "--trace", tmp_path / "none"))
+    assert "there is no such trace; a run with --trace writes one" in sentence and "none" in sentence
+
+
 def test_a_revision_is_the_hubs(here, converted):
     assert "--revision is that of a model on the hub" in refusal(here("plan", "--model", converted, "--revision", "x"))

@@ -155,6 +155,8 @@ def read_trace(path: str | Path) -> Trace:
         OSError: the file cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such trace; a run with --trace writes one", str(path))
     with open(path, "rb") as file:
         first = _header(path, file.readline(MAX_HEADER + 1))
         calls = _Calls(path, first["experts"])
