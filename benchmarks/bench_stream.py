@@ -22,7 +22,7 @@ import random_model
 import routing
 from bench_convert import SHAPE
 from common import machine, print_json, print_table
-from policies import EngineLru, serve
+from policies import ENGINE, ByStep, serve
 from replay import STRIDE, demands, pool_slots
 from stream_cases import beside_experts
 
@@ -102,6 +102,7 @@ def _against_disk(rows: list[dict], last: dict[str, Any], compute: float) -> dic
         "read_bandwidth_ratio": median(rows, lambda r: per_byte(r) * r["bytes_read"] / r["seconds"]),
         "overlap_ratio": median(rows, lambda r: r["seconds"] / max(compute, per_byte(r) * r["bytes_read"])),
         "disk_bound": disk > compute,
+        "bytes_over_replay": last["bytes_read"] / max(1, last[f"{ENGINE}_bytes"]),
         "bytes_over_lru": last["bytes_read"] / max(1, last["lru_bytes"]),
         "bytes_over_belady": last["bytes_read"] / max(1, last["belady_bytes"]),
         "union_records": last["union_records"],
@@ -154,16 +155,16 @@ def whole_row(model: Path, limit: int, tokens: int, runs: int, prompt: int) -> d
 
 
 def residency(trace: Trace, pool_bytes: int, least: int) -> np.ndarray:
-    """Which experts an LRU pool holds after each call of the last layer, bool (steps, layers, experts)."""
+    """Which experts the engine's pool holds after each call of the last layer, bool (steps, layers, experts)."""
     slots = pool_slots(trace, pool_bytes, least)
-    pools = {size: EngineLru(count) for size, count in slots.items()}
+    pools = {size: ByStep(count) for size, count in slots.items()}
     steps = []
     for call, demand in zip(trace.calls, demands(trace), strict=True):
         serve(pools[demand.size], demand.keys, demand.cold)
         if call.layer == len(trace.experts) - 1:
             held = np.zeros((len(trace.experts), max(trace.experts)), bool)
             for pool in pools.values():
-                keys = np.fromiter(pool.order, np.int64)
+                keys = np.array(pool.keys(), np.int64)
                 held[keys // STRIDE, keys % STRIDE] = True
             steps.append(held)
     return np.stack(steps)
@@ -223,12 +224,13 @@ def say(row: dict[str, Any]) -> list[object]:
         return [row["case"], f"{row['limit'] / 1e9:.2f}", row.get("refused", f"killed {row.get('killed')} times")]
     found = [row["case"], f"{row['limit'] / 1e9:.2f}", row["tokens_per_s"], row["bytes_per_token"] / 1e6]
     found += [100 * row["hit_rate"], row["seconds"], row.get("compute_s", 0.0), row.get("disk_s", 0.0)]
-    keys = ("overlap_ratio", "read_bandwidth_ratio", "bytes_over_lru", "bytes_over_belady", "peak_over_budget")
+    keys = ("overlap_ratio", "read_bandwidth_ratio", "bytes_over_replay", "bytes_over_lru", "bytes_over_belady")
+    keys = (*keys, "peak_over_budget")
     return found + [f"{row[key]:.3f}" if key in row else "-" for key in keys]
 
 
 HEADER = ["case", "limit GB", "tokens/s", "MB/token", "hits %", "s", "compute s", "disk s", "s / max", "read / bare"]
-HEADER += ["bytes / LRU", "/ Belady", "peak / budget"]
+HEADER += ["bytes / replay", "/ LRU", "/ Belady", "peak / budget"]
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Which expert leaves a full pool: five policies and the optimum, for replays of a routing trace.
+"""Which expert leaves a full pool: the engine's policy, four others and the optimum, for replays of a routing trace.
 
 A policy of `slots` slots has `key in policy`, `touch(key)` for a hit, and `insert(key, keep)` for a miss, which makes
 room without throwing out what `keep` holds: the pins of the call under way. `serve` runs one call through any of them.
@@ -12,6 +12,7 @@ from typing import Any
 from tiny_qmoe_mlx.streaming.cache import GROUP, SWEEP
 
 FAR = 1 << 62
+ENGINE, BELADY = "by step", "belady"  # the policy that the engine has, and the optimum
 STRIDE = 1 << 20  # between the keys of two layers
 
 
@@ -34,90 +35,118 @@ class Lru:
         self.order[key] = None
 
 
-class EngineLru(Lru):
-    """LRU as `streaming.cache` has it. A call uses what is in memory first, pinned from its start, whatever its size.
-    A prefill's hits do not move; its misses go through a window of at most a quarter of the slots, and are the next to
-    leave, so that they cost decode no more than that many. Exact where a prefill's products wait for the disk.
-    """
+class LruSwept(Lru):
+    """LRU with the engine's way of a prefill: see `sweep`."""
 
     def call(self, keys: Sequence[int], cold: bool) -> int:
         """Serve one call of distinct keys; returns its misses."""
-        present = [key for key in keys if key in self.order]
-        missing = deque(key for key in keys if key not in self.order)
-        misses = len(missing)
+        present, missing = [key for key in keys if key in self], [key for key in keys if key not in self]
         if cold:
-            self._prefill(present, missing)
-            return misses
+            sweep(self, present, missing)
+            return len(missing)
         for key in present:
             self.touch(key)
         for key in missing:
             self.insert(key, ())  # of the call itself only where nothing else is left: it has been used by then
-        return misses
+        return len(missing)
 
-    def _prefill(self, present: list[int], missing: deque[int]) -> None:
-        window = max(1, min(SWEEP, self.slots // 4))
-        reading: deque[int] = deque()
-        self._ask(reading, missing, window, present)
-        while reading or missing:
-            self._ask(reading, missing, window, ())  # the hits have been used
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def drop(self, keep: Collection[int]) -> bool:
+        """Throw out the next to leave that is not kept; whether there was one."""
+        victim = next((key for key in self.order if key not in keep), None)
+        if victim is not None:
+            del self.order[victim]
+        return victim is not None
+
+    def put_first(self, key: int) -> None:
+        """Take a key in, as the next to leave."""
+        self.order[key] = None
+        self.order.move_to_end(key, last=False)
+
+
+def sweep(policy: Any, present: Sequence[int], missing: Sequence[int]) -> None:
+    """A prefill's call as `streaming.cache` serves it: the hits do not move and are pinned at its start; the misses go
+    through a window of at most a quarter of the slots, and are the next to leave, so that they cost decode no more
+    than that many. Exact where the prefill's products wait for the disk.
+    """
+    window, waiting = max(1, min(SWEEP, policy.slots // 4)), deque(missing)
+    reading: deque[int] = deque()
+    keep: Collection[int] = present
+    while reading or waiting:
+        while waiting and len(reading) < window:
+            if len(policy) + len(reading) >= policy.slots and not policy.drop(keep):
+                break
+            reading.append(waiting.popleft())
+        if not keep:
             for _ in range(min(GROUP, len(reading))):
-                key = reading.popleft()
-                self.order[key] = None
-                self.order.move_to_end(key, last=False)
-
-    def _ask(self, reading: deque[int], missing: deque[int], window: int, keep: Collection[int]) -> None:
-        """Begin to read as many of the missing as the window has room for, and find slots for."""
-        while missing and len(reading) < window:
-            if len(self.order) + len(reading) >= self.slots:
-                victim = next((key for key in self.order if key not in keep), None)
-                if victim is None:
-                    return
-                del self.order[victim]
-            reading.append(missing.popleft())
+                policy.put_first(reading.popleft())
+        keep = ()  # the hits have been used
 
 
 class ByStep:
-    """Least recently used, counted in steps: calls of an expert's own layer since it was used. Of equally old ones the
-    layer that was called last leaves, since its turn comes again after all others. (By time, those used longest ago
-    are those of the layers whose turn is next: a pool smaller than what a step uses then never hits.)
-
-    A prefill's misses take free slots alone, and are the first to leave.
+    """The engine's policy. Least recently used, counted in steps: calls of decode of a key's own layer since it was
+    used. Of equally old ones the layer that was called last leaves, since its turn comes again after all others. (By
+    time, those used longest ago are those of the layers whose turn is next: a pool smaller than what a step uses then
+    never hits.) A prefill's misses are the first to leave.
     """
 
     def __init__(self, slots: int):
         self.slots = slots
-        self.held: dict[
-            int, OrderedDict[int, int]
-        ] = {}  # layer: key and the layer's call that used it last, oldest first
+        self.first: dict[int, None] = {}  # to leave before all others, the last one at once
+        self.held: dict[int, OrderedDict[int, int]] = {}  # layer: key and the layer's call that used it, oldest first
         self.calls: dict[int, int] = {}
+        self.layer = 0
+
+    def __len__(self) -> int:
+        return len(self.first) + sum(map(len, self.held.values()))
+
+    def keys(self) -> list[int]:
+        """All that is in the pool."""
+        return [*self.first, *(key for kept in self.held.values() for key in kept)]
 
     def call(self, keys: Sequence[int], cold: bool) -> int:
         """Serve one call of distinct keys of a layer; returns its misses."""
-        layer = keys[0] // STRIDE
-        mine, now = self.held.setdefault(layer, OrderedDict()), self.calls.get(layer, 0) + 1
-        self.calls[layer] = now
-        missing = [key for key in keys if key not in mine]
+        self.layer = keys[0] // STRIDE
+        mine = self.held.setdefault(self.layer, OrderedDict())
+        present = [key for key in keys if key in mine or key in self.first]
+        missing = [key for key in keys if key not in present]
         if cold:
-            room = self.slots - sum(map(len, self.held.values()))
-            for key in missing[: max(0, room)]:
-                mine[key] = 0
-                mine.move_to_end(key, last=False)
+            sweep(self, present, missing)
             return len(missing)
-        for key in (key for key in keys if key in mine):
-            mine[key] = now
+        self.calls[self.layer] = self.calls.get(self.layer, 0) + 1
+        for key in present:
+            self.first.pop(key, None)
+            mine[key] = self.calls[self.layer]
             mine.move_to_end(key)
         for key in missing:
-            if sum(map(len, self.held.values())) >= self.slots:
-                self._drop(layer)
-            mine[key] = now
+            if len(self) >= self.slots:
+                self.drop(())
+            mine[key] = self.calls[self.layer]
         return len(missing)
 
-    def _drop(self, layer: int) -> None:
-        """Make room during a call of a layer; its own experts' turn is farthest, if they are used now."""
-        layers = max(self.held) + 1
-        oldest = {m: next(iter(keys.values())) for m, keys in self.held.items() if keys}
-        least = max(oldest, key=lambda m: (self.calls[m] - oldest[m], m != layer, (m - layer - 1) % layers))
-        self.held[least].popitem(last=False)
+    def put_first(self, key: int) -> None:
+        """Take a key in, as the next to leave."""
+        self.first[key] = None
+
+    def drop(self, keep: Collection[int]) -> bool:
+        """Throw out the next to leave that is not kept; whether there was one."""
+        loose = next((key for key in reversed(self.first) if key not in keep), None)
+        if loose is not None:
+            del self.first[loose]
+            return True
+        oldest = {m: next((key for key in kept if key not in keep), None) for m, kept in self.held.items()}
+        layers = [m for m, key in oldest.items() if key is not None]
+        if layers:
+            layer = max(layers, key=lambda m: self._age(m, oldest[m]))
+            del self.held[layer][oldest[layer]]
+        return bool(layers)
+
+    def _age(self, layer: int, key: int) -> tuple[int, bool, int]:
+        """How long a key is unused, then how long until its layer is called again; the one called now was just used."""
+        turn = (layer - self.layer - 1) % STRIDE
+        return self.calls.get(layer, 0) - self.held[layer][key], layer != self.layer, turn
 
 
 class LfuDa:
@@ -191,13 +220,12 @@ class Clock:
 
 
 POLICIES: dict[str, Callable[[int], Any]] = {
-    "lru": EngineLru,
+    ENGINE: ByStep,
+    "lru": LruSwept,
     "lru, prefill alike": Lru,
-    "by step": ByStep,
     "lfu-da": LfuDa,
     "clock": Clock,
 }
-BELADY = "belady"
 
 
 def groups(keys: Sequence[int], cold: bool, slots: int) -> list[Sequence[int]]:

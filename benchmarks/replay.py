@@ -2,8 +2,9 @@
 
     python benchmarks/replay.py TRACE [--pools 10%,25%,1GB] [--least 8] [--plot FILE.png] [--json]
 
-The pool is split over the record sizes as a run splits it. "lru" has the engine's rule for prefill (EngineLru),
-"belady" is the optimum for what came. Hit rate and bytes per token are those of decode; a prefill's bytes stand apart.
+The pool is split over the record sizes as a run splits it. "by step" is the engine's policy, "lru" has its way of a
+prefill, "belady" is the optimum for what came. Hit rate and bytes per token are those of decode; a prefill's bytes
+stand apart.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from policies import BELADY
+from policies import BELADY, ENGINE
 from replay import STRIDE, Demand, misses
 
 from tiny_qmoe_mlx import blas, footprint, models, ops
@@ -184,10 +184,10 @@ def experts(words: dict[str, Any]) -> dict[str, Any]:
         return result
     demand, kept = asked(calls, container), np.array([c[2] for c in calls])
     sizes = np.array([d.size for d in demand])
-    by = {name: misses(demand, slots, name) for name in ("lru", BELADY)}
+    by = {name: misses(demand, slots, name) for name in (ENGINE, "lru", BELADY)}
     result |= {f"{name}_bytes": int((by[name] * sizes)[kept].sum()) for name in by}
     result["union_records"] = sum(len(d.keys) for d, k in zip(demand, kept, strict=True) if k)
-    return result | bare(container, demand, by["lru"] * kept, words["readers"])
+    return result | bare(container, demand, by[ENGINE] * kept, words["readers"])
 
 
 def whole(words: dict[str, Any]) -> dict[str, Any]:

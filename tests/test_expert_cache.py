@@ -66,7 +66,7 @@ def test_acquired_bytes_are_the_files(model, cache):
 def test_least_recently_used_leaves_first(cache):
     for expert in (0, 1, 2, 3, 0, 4):
         touch(cache, 0, expert)
-    assert list(cache.pool_of_layer[0].slot_of) == [(0, 2), (0, 3), (0, 0), (0, 4)]
+    assert list(cache.pool_of_layer[0].order.used[0]) == [2, 3, 0, 4] and len(cache.pool_of_layer[0].slot_of) == 4
     assert (cache.hits, cache.misses) == (1, 5)
 
 
@@ -176,7 +176,7 @@ def test_prefill_leaves_what_decoding_uses_and_reads_through_few_slots(cache):
     touch(cache, 0, 0, 1, 2)
     touch(cache, 1, 0, 1, 2, 3, 4, 5, cold=True)
     assert {(0, 0), (0, 1), (0, 2)} <= set(cache.pool_of_layer[0].slot_of)
-    assert next(iter(cache.pool_of_layer[0].slot_of))[0] == 1 and cache.misses == 9
+    assert next(iter(cache.pool_of_layer[0].order.first))[0] == 1 and cache.misses == 9
 
 
 def test_what_is_expected_is_read_or_dropped_and_counted(model):

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from tiny_qmoe_mlx.streaming.pool import Key, Pool
+from tiny_qmoe_mlx.streaming.order import Key
+from tiny_qmoe_mlx.streaming.pool import Pool
 from tiny_qmoe_mlx.streaming.readers import Read, Readers
 from tiny_qmoe_mlx.streaming.store import ExpertStore
 
@@ -66,6 +67,17 @@ class ExpertCache:
         with self._changed:
             held = self.pool_of_layer[layer].slot_of
             return np.array([held.get((layer, e), 0) for e in range(self.experts_of(layer))])
+
+    def snapshot(self) -> list[str]:
+        """For each layer a character per expert: "r" in memory, "l" being read, "." neither."""
+        states = [["."] * self.experts_of(layer) for layer in range(len(self.use))]
+        with self._changed:
+            for layer, expert in self._loading:
+                states[layer][expert] = "l"
+            for pool in self.pools.values():
+                for layer, expert in pool.slot_of:
+                    states[layer][expert] = "r"
+        return ["".join(state) for state in states]
 
     def load_all(self, progress: Callable[[int], None] = lambda n: None) -> None:
         """Read every expert of those sizes that have a slot for each of theirs; they stay."""
@@ -132,7 +144,7 @@ class ExpertCache:
                 self.lookahead_reads += 1
                 read.unwanted = True  # where it is still under way
                 if key in pool.slot_of:
-                    pool.slot_of.move_to_end(key, last=False)
+                    pool.order.dismiss(key)
         self._expected[layer].clear()
 
     def _request(self, layer: int, missing: deque[int], most: int) -> int:
@@ -167,8 +179,9 @@ class ExpertCache:
                 if pool is None:  # closed meanwhile
                     continue
                 if read.error is None:
-                    pool.slot_of[key] = slot
-                    pool.slot_of.move_to_end(key, last=not read.unwanted)
+                    pool.put(key, slot)
+                    if read.unwanted:
+                        pool.order.dismiss(key)
                 else:
                     pool.free.append(slot)
             self._changed.notify_all()
@@ -230,6 +243,7 @@ class Demand:
         self._present: list[int] = []
         with cache._changed:
             cache._settle_expected(layer, set(experts))
+            self._pool.order.begin(layer, counts=not cold)
             for expert in experts:
                 self._look(expert)
             if count:
@@ -248,7 +262,7 @@ class Demand:
             self._present.append(expert)
             self._pin(expert)
             if not self._cold:
-                self._pool.slot_of.move_to_end(key)
+                self._pool.order.use(key)
         elif key in self._cache._loading:
             self._reading[expert] = self._cache._loading[key][0]
             self._pin(expert)
@@ -323,7 +337,7 @@ class Demand:
                 self._pinned.discard(expert)
                 self._pool.unpin(key)
                 if self._cold and expert not in self._present:
-                    self._pool.slot_of.move_to_end(key, last=False)
+                    self._pool.order.dismiss(key)
             self._cache._changed.notify_all()
 
     def keep(self) -> list[int]:

@@ -1,21 +1,21 @@
 """How often an expert will be found in the pool: the hit rate of decode, before a run, for slots per record size.
 
-From the best source there is: a recorded trace of the model (replayed through an LRU pool), its usage profile (Che's
-approximation of an LRU cache: Che, Tung and Wang, 2002), or, without either, a curve of another model's shape.
+From the best source there is: a recorded trace of the model (replayed through the engine's order), its usage profile
+(Che's approximation of an LRU cache: Che, Tung and Wang, 2002), or, without either, a curve of another model's shape.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tiny_qmoe_mlx.container import Container
+from tiny_qmoe_mlx.streaming.order import Key, Order
 from tiny_qmoe_mlx.streaming.trace import Trace
 
 # Hits by the pool's share of all experts: real text through random routers, 48 layers of 128 experts, 8 a token:
 # `benchmarks/routing.py text FILE --prompt 1000`, then `benchmarks/replay.py FILE`. A trained router's own may differ.
-CURVE = {0.0625: 0.286, 0.1: 0.287, 0.15: 0.396, 0.2: 0.448, 0.3: 0.543, 0.4: 0.634, 0.5: 0.714, 0.6: 0.787}
-CURVE |= {0.7: 0.853, 0.8: 0.91, 0.9: 0.959, 0.95: 0.981, 1.0: 1.0}
+CURVE = {0.0625: 0.286, 0.1: 0.345, 0.15: 0.409, 0.2: 0.462, 0.3: 0.555, 0.4: 0.641, 0.5: 0.719, 0.6: 0.791}
+CURVE |= {0.7: 0.855, 0.8: 0.911, 0.9: 0.959, 0.95: 0.981, 1.0: 1.0}
 CURVE_TOKEN = 8 / 128  # the share that one token asks for: with less, nothing is left when its layer's turn comes again
 
 
@@ -31,30 +31,44 @@ def from_curve(share: float, token: float) -> float:
 
 
 def from_trace(trace: Trace, slots: Mapping[int, int]) -> float:
-    """Hit rate of the trace's decode through LRU pools, which its prefill has warmed.
+    """Hit rate of the trace's decode through pools in the engine's order, which its prefill has warmed.
 
     Args:
         trace: of this model.
         slots: record size -> slots of its pool.
     """
-    pools: dict[int, OrderedDict] = {size: OrderedDict() for size in slots}
+    pools = {size: _Replay(count) for size, count in slots.items()}
     hits = asked = 0
     for call in trace.calls:
-        size = trace.record_bytes[call.layer]
-        found = [_touch(pools[size], (call.layer, int(e)), slots[size]) for e in np.unique(call.chosen)]
+        experts = np.unique(call.chosen).tolist()
+        found = pools[trace.record_bytes[call.layer]].demand(call.layer, experts, call.cold)
         if not call.cold:
-            hits, asked = hits + sum(found), asked + len(found)
+            hits, asked = hits + found, asked + len(experts)
     return hits / asked if asked else 0.0
 
 
-def _touch(pool: OrderedDict, key: tuple[int, int], slots: int) -> bool:
-    """Use an expert: whether it was there; it is now, the one used longest ago may not be."""
-    hit = key in pool
-    pool[key] = None
-    pool.move_to_end(key)
-    if len(pool) > slots:
-        pool.popitem(last=False)
-    return hit
+class _Replay:
+    """A pool without memory."""
+
+    def __init__(self, slots: int):
+        self.slots, self.held, self.order = slots, set[Key](), Order()
+
+    def demand(self, layer: int, experts: list[int], cold: bool) -> int:
+        """How many of a layer's experts are there; all are used now, and others leave for them."""
+        self.order.begin(layer, counts=not cold)
+        keys = [(layer, expert) for expert in experts]
+        found, missing = [key for key in keys if key in self.held], [key for key in keys if key not in self.held]
+        for key in () if cold else found:
+            self.order.use(key)
+        for key in missing:
+            if len(self.held) == self.slots and (leaves := self.order.leave(())) is not None:
+                self.held.remove(leaves)
+            self.held.add(key)
+            if cold:
+                self.order.dismiss(key)
+            else:
+                self.order.use(key)
+        return len(found)
 
 
 def from_profile(use: Sequence[np.ndarray], container: Container, slots: Mapping[int, int]) -> float:

@@ -1,21 +1,20 @@
-"""Slots for records of one size, and which expert lies in which: the least recently used leaves first, pins stay.
+"""Slots for records of one size, and which expert lies in which: `order` says who leaves, pins stay.
 
 Nothing here locks or reads; `cache.ExpertCache` does.
 """
 
 import ctypes
 import sys
-from collections import OrderedDict
 
 import mlx.core as mx
 import numpy as np
 
 from tiny_qmoe_mlx import metal
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.streaming.order import Key, Order
 
 PAGE = 4096
 MADV_DONTNEED, MADV_FREE_REUSABLE = 4, 7  # Linux: pages go at once; macOS: the system may take them
-Key = tuple[int, int]  # layer, expert
 
 
 class Pool:
@@ -23,7 +22,8 @@ class Pool:
 
     Attributes:
         data: u8 (slots * record_bytes,), a writable view of `array` from byte `base` on; slot 0 begins at a page.
-        slot_of: slot of each (layer, expert) in memory, the one to leave first in front.
+        slot_of: slot of each (layer, expert) in memory.
+        order: in which order they leave.
         pins: how many products use an expert, or wait for it.
         resident: every expert of this size has its slot for good.
     """
@@ -37,7 +37,8 @@ class Pool:
         self.base = -whole.ctypes.data % PAGE
         self.data = whole[self.base : self.base + record_bytes * slots]
         self.resident = False
-        self.slot_of: OrderedDict[Key, int] = OrderedDict()
+        self.slot_of: dict[Key, int] = {}
+        self.order = Order()
         self.pins: dict[Key, int] = {}
         self.free = list(range(slots - 1, -1, -1))
         self.withdrawn: list[int] = []
@@ -47,11 +48,16 @@ class Pool:
         return self.data[index * self.record_bytes : (index + 1) * self.record_bytes]
 
     def take(self) -> int | None:
-        """A slot to fill: a free one, or that of the first expert without a pin; None where all are in use."""
+        """A slot to fill: a free one, or that of the next expert to leave without a pin; None where all are in use."""
         if self.free:
             return self.free.pop()
-        victim = next((key for key in self.slot_of if key not in self.pins), None)
-        return None if victim is None else self.slot_of.pop(victim)
+        leaves = self.order.leave(self.pins)
+        return None if leaves is None else self.slot_of.pop(leaves)
+
+    def put(self, key: Key, slot: int) -> None:
+        """The expert is in memory from now on."""
+        self.slot_of[key] = slot
+        self.order.use(key)
 
     def pin(self, key: Key) -> None:
         self.pins[key] = self.pins.get(key, 0) + 1
