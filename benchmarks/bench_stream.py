@@ -26,7 +26,7 @@ from policies import ENGINE, ByStep, serve
 from replay import STRIDE, demands, pool_slots
 from stream_cases import beside_experts
 
-from tiny_qmoe_mlx import demo
+from tiny_qmoe_mlx import locate
 from tiny_qmoe_mlx.budget import parse_memory
 from tiny_qmoe_mlx.container import Container, open_model
 from tiny_qmoe_mlx.footprint import top_k
@@ -143,7 +143,9 @@ def whole_row(model: Path, limit: int, tokens: int, runs: int, prompt: int) -> d
     if not alive:
         return row
     row |= {key: alive[0][key] for key in ("mode", "budget_bytes", "pool_bytes", "bytes_read")}
-    row["seconds"], row["ttft_s"] = median(rows, lambda r: r["seconds"]), median(rows, lambda r: r["ttft_s"])
+    for key in ("seconds", "ttft_s", "first_experts_s", "first_wait_s"):
+        row[key] = median(rows, lambda r, key=key: r[key])
+    row["generated"] = alive[0]["generated"]
     row["tokens_per_s"] = max(0, alive[0]["generated"] - 1) / max(1e-9, row["seconds"])
     row["hit_rate"] = alive[0]["expert_hits"] / max(1, alive[0]["expert_hits"] + alive[0]["expert_misses"])
     row["bytes_per_token"] = row["bytes_read"] / max(1, alive[0]["generated"])
@@ -198,7 +200,7 @@ def find_model(name: str, folder: Path, quick: bool) -> Path:
         return random_model.make(folder / "small", 2.0, 3, SMALL, "noise in a small shape")
     if name == "30b":
         return random_model.make(folder / "noise-30b-2bit")
-    return demo.make_demo() if name == "demo" else Path(name)
+    return locate.model_directory(name)
 
 
 def find_trace(given: Path | None, model: Path, container: Container, folder: Path, quick: bool) -> Path:
@@ -241,6 +243,11 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"batch 8 at {row['limit'] / 1e9:.2f} GB: {row['gain']:.2f} times the tokens/s of batch 1; the union "
                 f"of experts alone would give {row['union_gain']:.2f}"
             )
+        if "first_experts_s" in row:
+            print(
+                f"whole at {row['limit'] / 1e9:.2f} GB: first token after {row['ttft_s']:.2f} s, "
+                f"{row['first_experts_s']:.2f} s of them in experts ({row['first_wait_s']:.2f} s waiting for the disk)"
+            )
         if row["case"] == "prompt" and row.get("mode") == "streamed":
             print(f"prompt: {row['records_read']} records read, {row['union_records']} in the chunks' unions")
 
@@ -248,7 +255,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = find_model(args.model, folder, args.quick)
     container = open_model(model)
-    path = find_trace(args.trace, model, container, folder, args.quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = args.trace
+    if not args.only_whole or args.residency:
+        path = find_trace(args.trace, model, container, folder, args.quick)
     sizes = limits_of(args.limits, container, args.quick)
     base = {"model": str(model), "trace": str(path), "readers": READERS}
     rows = [] if args.only_whole else expert_rows(base, sizes, args.runs, args.quick)
