@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tiny_qmoe_mlx  # noqa: F401 (before mlx, whose dense products on the CPU it makes fast)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from policies import BELADY, ENGINE
