@@ -9,12 +9,11 @@ rivals_mlx_lm.py: mlx-lm's AWQ and DWQ. A method whose package is not installed 
 """
 
 import argparse
-import heapq
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import rivals_llama_cpp
@@ -23,13 +22,12 @@ from bench_quality import CALIBRATION, LOADERS, Scorer, passages, report
 from dense_llama import Dense, Matrices
 
 from tiny_qmoe_mlx import blas
+from tiny_qmoe_mlx.codecs import qmoe_tables
 
 GROUP_SIZE = 64
 GPTQ_DAMPING = 0.01  # of the mean of diag(H), as published
 RANGES = np.linspace(1.0, 0.5, 11)  # shares of a group's range to try
 QMOE_DAMPING, QMOE_BLOCK = 0.1, 128  # QMoE's code
-QMOE_ZEROS = 0.885  # its one probability of a zero weight, for all matrices
-CODEWORDS, LONGEST = 65536, 14  # entries of its dictionary; pairs of weights that one stands for at most
 
 Rounded = tuple[list[Matrices], float]
 Method = Callable[[Dense, np.ndarray], Rounded]
@@ -184,42 +182,9 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-@cache
-def dictionary() -> np.ndarray:
-    """QMoE's dictionary as a tree: [node, pair of weights] -> node, -1 where the dictionary ends, int32.
-
-    Nodes are its 65,536 sequences of up to 14 pairs, by falling probability; the last row is the empty sequence. A pair
-    is first + 3 * second, weights as 0, 1 (the smallest), 2 (the largest).
-    """
-    single = np.array([QMOE_ZEROS, (1 - QMOE_ZEROS) / 2, (1 - QMOE_ZEROS) / 2])
-    pair = np.outer(single, single).reshape(-1)
-    tree = np.full((CODEWORDS + 1, len(pair)), -1, np.int32)
-    heap: list[tuple[float, tuple[int, ...], int]] = [(-p, (i,), CODEWORDS) for i, p in enumerate(pair)]
-    heapq.heapify(heap)
-    for node in range(CODEWORDS):
-        probability, sequence, parent = heapq.heappop(heap)
-        tree[parent, sequence[-1]] = node
-        if len(sequence) < LONGEST:
-            for i, p in enumerate(pair):
-                heapq.heappush(heap, (probability * p, (*sequence, i), node))
-    return tree
-
-
 def codewords(symbols: np.ndarray) -> int:
-    """How many codewords rows of symbols 0, 1, 2 take; each row is cut greedily and ends with its own codeword.
-
-    Args:
-        symbols: int (rows, even columns).
-    """
-    tree, root = dictionary(), CODEWORDS
-    node = np.full(len(symbols), root)
-    count = len(symbols)
-    for pair in (symbols[:, ::2] + 3 * symbols[:, 1::2]).T:
-        following = tree[node, pair]
-        ended = following < 0
-        count += int(ended.sum())
-        node = np.where(ended, tree[root, pair], following)
-    return count
+    """How many codewords of QMoE's dictionary rows of symbols 0, 1, 2 take, int (rows, even columns)."""
+    return len(qmoe_tables.encode(symbols.astype(np.uint8), qmoe_tables.dictionary(), paired=True)[0])
 
 
 def qmoe_bits(values: np.ndarray) -> int:

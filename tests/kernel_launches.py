@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 from metal_cases import make_case
+from qmoe_records import CODINGS, name_of, random_record
 
-from tiny_qmoe_mlx import metal, metal_encode
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 LENGTHS = (12, 14, 16)
@@ -83,9 +84,27 @@ def encoders() -> Iterator[Call]:
             yield Call(f"viterbi rate {rate} L {length}", search, (mx.zeros((1, 32, 16)),))
 
 
+def codewords(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterator[Call]:
+    rng = np.random.default_rng(0)
+    for coding in CODINGS:
+        for bias in (False, True):
+            record = random_record(rng, coding, [(4, 16)], bias, more=0)
+            arrays = mx.array(record), mx.zeros((experts,), mx.uint32)
+            for tokens in (1, 8):
+                for dtype in DTYPES:
+                    layer = metal_qmoe.Shapes(coding, (4, 16), bias)
+
+                    def qmv(pool, table, x, ids, layer=layer, tokens=tokens):
+                        return metal_qmoe.gather_qmv(x, ids, metal.Records(pool, table), layer, 0, tokens)
+
+                    name = f"qmoe {name_of(coding)} bias {bias} {dtype} tokens {tokens} ids {ids_type}"
+                    inputs = mx.zeros((tokens, 16), dtype), mx.zeros((tokens * 2,), ids_type)
+                    yield Call(name.replace("mlx.core.", ""), qmv, (*arrays, *inputs))
+
+
 def every_call() -> list[Call]:
     """All of them; records of few and of many experts, ids as either kind of integer."""
     calls = [*rotations(), *encoders()]
     for experts, ids_type in ((9, mx.uint32), (3, mx.int32)):
-        calls += [*products(experts, ids_type), *dequantizations(experts, ids_type)]
+        calls += [*products(experts, ids_type), *dequantizations(experts, ids_type), *codewords(experts, ids_type)]
     return calls

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from tiny_qmoe_mlx import metal, metal_encode  # noqa: E402
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe  # noqa: E402
 
 QMV = [
     "test_metal_qmv.py::test_every_instance_of_gate_up_at_every_rate[2-swiglu_oai-16]",
@@ -50,8 +50,16 @@ ENCODE = [
     "test_metal_viterbi.py::test_checked_with_costs_in_device_memory",
 ]
 ROTATE = ["test_metal_dense.py::test_rotation_to_float32", "test_metal_dense.py::test_rotation_in_any_order_of_lanes"]
+QMOE = [
+    "test_metal_qmoe.py::test_every_instance[5-ternary-dictionary-16-mlx.core.float32]",
+    "test_metal_qmoe.py::test_every_instance[1-ternary-tunstall-12-mlx.core.float32]",
+    "test_metal_qmoe.py::test_every_instance[5-2-bit-tunstall-8-mlx.core.float32]",
+    "test_metal_qmoe.py::test_few_zeros_and_many",
+    "test_metal_qmoe.py::test_whatever_lies_in_a_record_nothing_outside_is_read",
+    "test_metal_qmoe.py::test_records_begin_at_a_base",
+]
 
-TESTS = {"QMV": QMV, "ACTIVATE": ACTIVATE, "DENSE": DENSE, "ENCODE": ENCODE, "ROTATE": ROTATE}
+TESTS = {"QMOE": QMOE, "QMV": QMV, "ACTIVATE": ACTIVATE, "DENSE": DENSE, "ENCODE": ENCODE, "ROTATE": ROTATE}
 
 # Why a surviving defect changes nothing.
 HARMLESS: dict[str, str] = {}
@@ -90,8 +98,8 @@ def read_mutants() -> Iterator[Mutant]:
 
 
 def forget_kernels() -> None:
-    """metal.py and metal_encode.py build their kernels anew."""
-    for module in (metal, metal_encode):
+    """metal.py, metal_encode.py and metal_qmoe.py build their kernels anew."""
+    for module in (metal, metal_encode, metal_qmoe):
         for build in (f for name, f in vars(module).items() if name.endswith("_kernel")):
             build.cache_clear()
 

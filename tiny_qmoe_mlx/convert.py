@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bits",
         type=float,
-        default=2.0,
-        help="bits per expert weight in the file, everything counted: 0.5 to 4 (default 2.0)",
+        help="bits per expert weight in the file, everything counted: 0.5 to 4 (default 2.0; codec qmoe: 1.5 for "
+        "ternary weights, the default, or 2 for four levels)",
     )
     p.add_argument(
         "--rest-bits",
@@ -56,10 +56,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--codec",
-        choices=["trellis", "affine"],
+        choices=["trellis", "affine", "qmoe"],
         default="trellis",
         help="how experts are coded (default trellis); affine keeps the codes of a quantized checkpoint bit for bit "
-        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8",
+        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8; qmoe is QMoE's code (arXiv 2310.16795)",
+    )
+    p.add_argument(
+        "--codewords",
+        choices=["dictionary", "tunstall-8", "tunstall-12", "tunstall-16"],
+        default="dictionary",
+        help="of codec qmoe: its dictionary (the default), or Tunstall's code with codewords of so many bits, which is "
+        "made for each matrix's share of zeros and smaller",
     )
     p.add_argument(
         "--calibration",
@@ -117,13 +124,14 @@ def main(argv: list[str]) -> int:
         out = convert(
             args.hf_path,
             args.mlx_path,
-            bits=args.bits,
+            bits=args.bits if args.bits is not None else 1.5 if args.codec == "qmoe" else 2.0,
             rest_bits=args.rest_bits,
             length=args.trellis_length,
             calibration=args.calibration,
             sequences=args.calibration_sequences,
             sequence_tokens=args.calibration_tokens,
             codec=args.codec,
+            codewords=args.codewords,
             drift=not args.no_drift,
             layer_rates=args.layer_rates,
             seed=args.seed,

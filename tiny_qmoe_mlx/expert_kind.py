@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import metal, native
-from tiny_qmoe_mlx.codecs import affine, rotation, trellis
+from tiny_qmoe_mlx import metal, native, native_qmoe
+from tiny_qmoe_mlx.codecs import affine, qmoe, rotation, trellis
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
 
@@ -19,7 +19,8 @@ class ExpertKind:
 
     matrices: (name, rows, columns) of gate, up, down, or fc1, fc2; length: L of the trellis; seed and layer: of the
     rotation's signs; activation: the module's own; called (up, gate), or (hidden) where there are two matrices;
-    packing: of each matrix where the codec is affine, which has neither trellis nor rotation; else none.
+    packing: of each matrix where the codec is affine, else none; coding: where it is qmoe, else None. Those two have
+    neither trellis nor rotation.
     """
 
     matrices: tuple[tuple[str, int, int], ...]
@@ -29,10 +30,16 @@ class ExpertKind:
     layer: int
     activation: nn.Module
     packing: tuple[affine.Packing, ...] = ()
+    coding: qmoe.Coding | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         return [(rows, columns) for _, rows, columns in self.matrices]
+
+    @property
+    def trellis(self) -> bool:
+        """Whether records are of the trellis codec: rotated, and multiplied by the library's fused kernels."""
+        return not self.packing and self.coding is None
 
     @cached_property
     def sign_in(self) -> np.ndarray:
@@ -63,7 +70,8 @@ class ExpertKind:
 
 def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ExpertKind:
     """What a layer's experts have in common, from the container's words and the module's activation."""
-    return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation, layer.packing)
+    own = layer.packing, layer.coding
+    return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation, *own)
 
 
 def fused_activation(activation: nn.Module, matrices: int) -> tuple[str, float, float] | None:
@@ -88,10 +96,26 @@ def check_record(data: np.ndarray, kind: ExpertKind, where: str) -> None:
     if kind.packing:
         affine.parse(data, kind.shapes, kind.packing, where)
         return
+    if kind.coding is not None:
+        _check_qmoe(data, kind, kind.coding, where)
+        return
     if native.available() and native.check_record(data, kind.shapes, kind.bias) and data[6] == kind.length:
         return
     trellis.parse(data, kind.shapes, kind.bias, where, kind.length)
     if native.available():
+        raise FormatError(
+            f"[{where}] the record is refused by the C++ library; run verify, then convert the model again."
+        )
+
+
+def _check_qmoe(data: np.ndarray, kind: ExpertKind, coding: qmoe.Coding, where: str) -> None:
+    """Every codeword is followed, by the C++ library where it is there; numpy has the sentence."""
+    if native_qmoe.available():
+        matrices = qmoe.views(data, kind.shapes, kind.bias, coding, where)
+        if all(native_qmoe.is_sound(m, coding) for m in matrices):
+            return
+    qmoe.parse(data, kind.shapes, kind.bias, coding, where)
+    if native_qmoe.available():
         raise FormatError(
             f"[{where}] the record is refused by the C++ library; run verify, then convert the model again."
         )

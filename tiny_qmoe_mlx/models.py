@@ -20,8 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import footprint, ops, probes
+from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe
 from tiny_qmoe_mlx import lookahead as ahead
+from tiny_qmoe_mlx.codecs import qmoe
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
@@ -29,7 +30,7 @@ from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
 from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import checkpoint
-from tiny_qmoe_mlx.spec import CODEC, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, ModelSpec
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
 from tiny_qmoe_mlx.streaming.cache import READERS, ExpertCache
@@ -275,8 +276,9 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
-    if ops.on_gpu() and container.spec.codec == CODEC:  # MLX's own kernels compute the affine codec
-        check_gpu(container.spec.length)
+    if ops.on_gpu() and container.spec.codec != AFFINE:  # MLX's own kernels compute that one
+        for coding in {layer.coding for layer in container.spec.layers}:
+            check_gpu(container.spec.length, coding)
     return container, budget
 
 
@@ -295,13 +297,18 @@ def attach(
         model.tiny_qmoe.stream(model, layers)
 
 
-def check_gpu(length: int) -> None:
-    """Refuse a GPU whose kernels differ from the numpy specification on a small layer of noise with every rate.
+def check_gpu(length: int, coding: qmoe.Coding | None = None) -> None:
+    """Refuse a GPU whose kernels differ from the numpy specification on a small layer of noise: with every rate of the
+    trellis, or in the coding of codec qmoe where one is given.
 
     Raises:
         ValueError: with the error; a wrong answer is worse than none.
     """
-    error, allowed = probes.kernel_error(None, length, 1, mx.float16, bias=True), probes.TOLERANCE[mx.float16]
+    allowed = probes.TOLERANCE[mx.float16]
+    if coding is None:
+        error = probes.kernel_error(None, length, 1, mx.float16, bias=True)
+    else:
+        error = qmoe_probe.error(coding, mx.float16)
     if not error <= allowed:
         raise ValueError(
             f"[gpu] experts should come within {allowed:g} of the specification on this GPU, they are {error:.2g} off; "

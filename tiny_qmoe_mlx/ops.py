@@ -1,6 +1,6 @@
 """What a layer of experts computes, straight from compressed records: a fused product for a few tokens (decode), and a
 product of many tokens with one decoded expert (prefill). Affine records, which MLX itself can multiply, go through
-affine_product.
+affine_product, qmoe records through qmoe_product.
 
 The rule of dispatch: the Metal kernels where MLX computes on a GPU (as CUDA on NVIDIA's); elsewhere the C++ library
 where it was built, and numpy where it was not; each call is counted by the path it took. On the CPU inputs and outputs
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from tiny_qmoe_mlx import affine_product, cuda, metal, native
+from tiny_qmoe_mlx import affine_product, cuda, metal, native, qmoe_product
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 
@@ -45,14 +45,14 @@ def from_records(tokens: int, kind: ExpertKind) -> bool:
     A few always are. Many are too where the whole expert is one call of the C++ library: 512 tokens through the demo
     took a fifth to an eighth of the time, since nothing is written out and the threads share whole experts.
     """
-    if kind.packing:
+    if not kind.trellis:
         return False
     return tokens <= DECODE_TOKENS or (native.available() and kind.fused is not None)
 
 
 def expert_inputs(x: np.ndarray, kind: ExpertKind) -> np.ndarray:
     """The inputs of `expert_product`: x float32 (tokens, d), rotated where the codec rotates."""
-    return x if kind.packing else rotation.rotate(x, kind.sign_in)
+    return rotation.rotate(x, kind.sign_in) if kind.trellis else x
 
 
 def decode_product(
@@ -96,8 +96,8 @@ def _decode_numpy(pool: np.ndarray, picks: Picks, x: np.ndarray, kind: ExpertKin
 
 
 def expert_product(record: np.ndarray, z: np.ndarray, kind: ExpertKind, dispatch: Dispatch) -> np.ndarray:
-    """One expert for its tokens: matrices are decoded a slice of rows at a time and multiplied by BLAS (affine records
-    with few tokens are multiplied as they are).
+    """One expert for its tokens: matrices are decoded a slice of rows at a time and multiplied by BLAS (affine and qmoe
+    records with few tokens are multiplied as they are).
 
     Args:
         record: u8 (record_bytes,).
@@ -109,6 +109,9 @@ def expert_product(record: np.ndarray, z: np.ndarray, kind: ExpertKind, dispatch
     if kind.packing:
         dispatch.counts["affine"] += 1
         return affine_product.expert(record, z, kind, DENSE_BYTES)
+    if kind.coding is not None:
+        dispatch.counts[f"qmoe {'native' if native.available() else 'numpy'}"] += 1
+        return qmoe_product.expert(record, z, kind, DENSE_BYTES)
     dispatch.counts["prefill native" if native.available() else "prefill numpy"] += 1
     return _expert(record, z, kind)
 
@@ -160,18 +163,21 @@ def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray)
 
 def gpu_from_records(tokens: int, k: int, experts: int, kind: ExpertKind) -> bool:
     """Whether a GPU multiplies tokens straight from the records; else each expert is decoded first."""
-    if kind.packing:
+    if not kind.trellis:
         return True
     return tokens <= DECODE_TOKENS or (tokens <= metal.MAX_TOKENS and metal.takes_records(tokens * k, experts))
 
 
 def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKind, dispatch: Dispatch) -> mx.array:
-    """Straight from records: x (..., d) of at most 64 tokens (affine: any number), indices (..., k) -> (..., k, d) in
-    x's dtype, lazily.
+    """Straight from records: x (..., d) of 64 tokens at most (affine, qmoe: of any), indices (..., k) -> (..., k, d)
+    in x's dtype, lazily.
     """
     if kind.packing:
         dispatch.counts[f"affine {_gpu()}"] += 1
         return affine_product.gather(x, indices, records, kind)
+    if kind.coding is not None:
+        dispatch.counts[f"qmoe {_gpu()}"] += 1
+        return qmoe_product.gather(x, indices, records, kind)
     phase = "decode" if x.size // x.shape[-1] <= DECODE_TOKENS else "prefill"
     dispatch.counts[f"{phase} {_gpu()}"] += 1
     return metal.experts(x, indices, records, kind.for_metal)
@@ -196,7 +202,7 @@ def gpu_many(
     Returns:
         (picks, d) in z's dtype, lazily.
     """
-    if kind.packing:
+    if not kind.trellis:
         chosen = mx.array(of.astype(np.int32))[:, None]
         return gpu_few(z[mx.array(rows.astype(np.int32))], chosen, records, kind, dispatch)[:, 0]
     dispatch.counts[f"prefill {_gpu()}"] += 1
@@ -207,9 +213,9 @@ def gpu_many(
 
 def gpu_group_size(kind: ExpertKind) -> int:
     """How many experts are computed at once in prefill: one decoded matrix of each within GPU_DENSE_BYTES at 16 bits;
-    affine ones are not decoded.
+    those of affine and qmoe are not decoded.
     """
-    if kind.packing:
+    if not kind.trellis:
         return 1 << 30
     largest = max(rows * columns for rows, columns in kind.shapes)
     return max(1, GPU_DENSE_BYTES // (2 * largest))
@@ -217,6 +223,6 @@ def gpu_group_size(kind: ExpertKind) -> int:
 
 def gpu_rotate(x: mx.array, kind: ExpertKind) -> mx.array:
     """The inputs of `gpu_many`: x (tokens, d) rotated where the codec rotates, in x's dtype."""
-    if kind.packing:
+    if not kind.trellis:
         return x
     return metal.rotate(x, kind.for_metal.bits_in, x.dtype)

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from tiny_qmoe_mlx.codecs import qmoe
 from tiny_qmoe_mlx.codecs.affine import Packing, layout
 from tiny_qmoe_mlx.codecs.trellis import LENGTHS, MAX_DIMENSION, UNIT, side_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
 FORMAT_VERSION = 1
-CODEC, AFFINE = CODECS = ("trellis", "affine")
+CODEC, AFFINE, QMOE = CODECS = ("trellis", "affine", "qmoe")
 CONFIG = "config.json"
 ALIGNMENTS = (16384, 4096, 1024, 128)
 CHECKSUM_BYTES = 65536
@@ -27,7 +28,7 @@ AGAIN = "copy or convert the model again"
 @dataclass(frozen=True)
 class LayerSpec:
     """One MoE layer: module path, decoder layer index, file, experts, record size, (name, rows, columns) of matrices;
-    packing: one for each matrix with the affine codec, none with the trellis.
+    packing: one for each matrix with the affine codec, else none; coding: of all matrices with the qmoe codec, or None.
 
     Raises:
         FormatError: a field has the wrong type, is out of bounds, or contradicts another.
@@ -41,6 +42,7 @@ class LayerSpec:
     matrices: tuple[tuple[str, int, int], ...]
     bias: bool
     packing: tuple[Packing, ...] = ()
+    coding: qmoe.Coding | None = None
 
     def __post_init__(self) -> None:
         fine = type(self.path) is str and bool(re.fullmatch(r"[\w.]{1,256}", self.path, re.ASCII))
@@ -75,8 +77,8 @@ class LayerSpec:
     def to_dict(self) -> dict[str, Any]:
         """The object that stands in config.json."""
         found = {**asdict(self), "matrices": [list(m) for m in self.matrices]}
-        packing = list(found.pop("packing"))
-        return {**found, "packing": packing} if packing else found
+        own = {"packing": list(found.pop("packing")), "coding": found.pop("coding")}
+        return found | {key: value for key, value in own.items() if value}
 
     @staticmethod
     def from_dict(value: Any) -> "LayerSpec":
@@ -86,10 +88,11 @@ class LayerSpec:
             FormatError: a key is missing, or a value is not what it should be.
         """
         found = _fields(LayerSpec, value, "a layer")
-        matrices, packing = found["matrices"], found.get("packing", [])
+        matrices, packing, coding = found["matrices"], found.get("packing", []), found.get("coding")
         _check(type(matrices) is list and all(type(m) is list for m in matrices), "matrices should be lists", matrices)
         _check(type(packing) is list, "packing should be a list", packing)
         found["packing"] = tuple(Packing(**_fields(Packing, p, "packing")) for p in packing)
+        found["coding"] = None if coding is None else qmoe.Coding(**_fields(qmoe.Coding, coding, "coding"))
         return LayerSpec(**{**found, "matrices": tuple(tuple(m) for m in matrices)})
 
 
@@ -116,8 +119,9 @@ class ModelSpec:
         _check(self.codec in CODECS, f"codec should be one of {CODECS}", self.codec)
         _check(type(self.bits) in (int, float) and 0 < self.bits <= 64, "bits should lie in 0 to 64", self.bits)
         _check(self.alignment in ALIGNMENTS, f"alignment should be one of {ALIGNMENTS}", self.alignment)
-        if self.codec == AFFINE:
-            _check(self.length == 0 and self.seed == 0, "length and seed of codec affine should be 0", self.length)
+        if self.codec != CODEC:
+            unused = self.length == 0 and self.seed == 0
+            _check(unused, f"length and seed of codec {self.codec} should be 0", self.length)
         else:
             _check(self.length in LENGTHS, f"length (of the trellis) should be one of {LENGTHS}", self.length)
         _check_int(self.seed, 0, 2**32 - 1, "seed")
@@ -127,6 +131,8 @@ class ModelSpec:
             _check(fits, f"record_bytes of {layer.path} should be a multiple of {self.alignment}", layer.record_bytes)
             packed = bool(layer.packing) == (self.codec == AFFINE)
             _check(packed, f"{layer.path} should have a packing if and only if codec is {AFFINE}", layer.packing)
+            coded = (layer.coding is not None) == (self.codec == QMOE)
+            _check(coded, f"{layer.path} should have a coding if and only if codec is {QMOE}", layer.coding)
         for key in ("path", "layer"):
             values = [getattr(layer, key) for layer in self.layers]
             _check(len(set(values)) == len(values), f"every layer's {key} should be its own", values)
@@ -221,6 +227,10 @@ def _check_matrices(spec: LayerSpec) -> None:
     if spec.packing:
         _check_packing(spec)
         least = layout(tuple(spec.shapes), spec.packing)[1]
+    if spec.coding is not None:
+        problem = spec.coding.problem()
+        _check(not problem, f"coding of {spec.path}: {problem}", spec.coding)
+        least = qmoe.least_bytes(spec.shapes, spec.coding, spec.bias)
     _check(spec.record_bytes >= least, f"record_bytes of {spec.path} should be at least {least}", spec.record_bytes)
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import footprint, ops, probes
+from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.footprint import Matrix
@@ -72,18 +72,23 @@ def experts(container: Container, top_k: int) -> float:
     chosen = min(top_k, max(layer.experts for layer in layers))
     count = min(chosen + math.ceil(CACHE_BYTES / record), max(chosen, sum(layer.experts for layer in layers)))
     x = mx.random.normal((1, hidden)).astype(mx.float16 if ops.on_gpu() else mx.float32)
-    rng, call = np.random.default_rng(0), _call(container, probes.noise_layer(hidden, width, count, rate), x)
+    rng, call = np.random.default_rng(0), _call(container, (hidden, width, count), rate, x)
     taken = probes.seconds(lambda: mx.eval(call(rng.permutation(count)[None, :chosen])))
     weights = sum(rows * columns for layer in layers for rows, columns in layer.shapes)
     return taken * weights / (3 * hidden * width)
 
 
-def _call(container: Container, layer: probes.Layer, x: mx.array) -> Callable[[np.ndarray], mx.array]:
-    """One layer of experts of the model's codec."""
+def _call(container: Container, size: tuple[int, int, int], rate: int, x: mx.array) -> Callable[[np.ndarray], mx.array]:
+    """One layer of experts of the model's codec; size: hidden, width and number of the experts."""
+    coding = container.spec.layers[0].coding
+    if coding is not None:
+        coded = qmoe_probe.noise_layer(coding, *size)
+        return lambda chosen: qmoe_probe.output(coded, x, chosen)
     if container.spec.codec == CODEC:
+        layer = probes.noise_layer(*size, rate)
         return lambda chosen: probes.layer_output(layer, x, chosen)
-    bits = min(AFFINE_BITS, key=lambda b: abs(b - container.spec.bits))
-    shapes = [(len(layer.parsed), rows, columns) for _, rows, columns in layer.kind.matrices]
+    bits, (hidden, width, count) = min(AFFINE_BITS, key=lambda b: abs(b - container.spec.bits)), size
+    shapes = [(count, width, hidden), (count, width, hidden), (count, hidden, width)]
     packed = [mx.quantize(mx.random.normal(shape), 64, bits) for shape in shapes]
     mx.eval(packed)
     return lambda chosen: probes.glu(x, chosen, packed, bits)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tiny_qmoe_mlx import locate, model_file, terminal
-from tiny_qmoe_mlx.codecs import affine, trellis
+from tiny_qmoe_mlx.codecs import affine, qmoe, trellis
 from tiny_qmoe_mlx.container import (
     CHECKSUM_BYTES,
     CONFIG,
@@ -132,6 +132,8 @@ def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.
     try:
         if layer.packing:
             affine.parse(record, layer.shapes, layer.packing, where)
+        elif layer.coding is not None:
+            qmoe.parse(record, layer.shapes, layer.bias, layer.coding, where)
         else:
             trellis.parse(record, layer.shapes, layer.bias, where, length)
     except FormatError as error:

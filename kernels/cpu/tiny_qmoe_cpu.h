@@ -55,6 +55,28 @@ TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t
 TQ_API int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* biases, int bits, int64_t rows,
                          int64_t columns, const float* x, int tokens, float* y);
 
+// A matrix of the qmoe codec. offsets u32 [rows + 1], codewords before each row; values u16 [rows][levels - 1], bfloat16;
+// codes, `codewords` of `bits` bits (8, 12, 16) each. Codeword c < entries stands for the symbols starts[c] to
+// starts[c + 1] - 1, two bits each, 16 a word, and 8 bytes of zeros follow them. A row's codewords stand for `columns`
+// symbols at least, for `reach` at most, and those beyond the columns are 0.
+typedef struct {
+  const uint32_t* offsets;
+  const uint16_t* values;
+  const uint8_t* codes;
+  const uint32_t* starts;
+  const uint32_t* symbols;
+  int64_t rows, columns, codewords, reach;
+  uint32_t entries;
+  int32_t bits, levels;
+} tq_qmoe_matrix;
+
+// TQ_OK if every row is sound, else TQ_RECORD. The others check as they go, and give TQ_RECORD too.
+TQ_API int tq_qmoe_check(const tq_qmoe_matrix* m);
+// Rows row_start to row_stop - 1: out f32 [row_stop - row_start][columns].
+TQ_API int tq_qmoe_dequantize(const tq_qmoe_matrix* m, int64_t row_start, int64_t row_stop, float* out);
+// Times tokens (1 to 8): x f32 [tokens][columns], y f32 [tokens][rows].
+TQ_API int tq_qmoe_qmv(const tq_qmoe_matrix* m, const float* x, int tokens, float* y);
+
 #ifdef __cplusplus
 }
 #endif

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from tiny_qmoe_mlx import ops
-from tiny_qmoe_mlx.codecs import rotation, trellis
+from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.conversion.calibrate import LayerTokens, expert_inputs, hidden_values
 from tiny_qmoe_mlx.conversion.layerwise import Routed
 from tiny_qmoe_mlx.conversion.quantize import ExpertInputs, quantize_layer
@@ -94,7 +94,7 @@ def summed(records: Iterable[np.ndarray], kind: ExpertKind, sums: Sums) -> Itera
     """Pass records on, and add what they compute for the sums' tokens."""
 
     def product(record: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda x: ops.expert_product(record, rotation.rotate(x, kind.sign_in), kind, ops.Dispatch())
+        return lambda x: ops.expert_product(record, ops.expert_inputs(x, kind), kind, ops.Dispatch())
 
     for expert, record in enumerate(records):
         sums.add(expert, product(record))

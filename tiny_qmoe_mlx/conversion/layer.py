@@ -4,7 +4,7 @@ then the compressed stream through what was written.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,13 +16,14 @@ from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.affine import affine_records
 from tiny_qmoe_mlx.conversion.calibrate import LayerTokens
 from tiny_qmoe_mlx.conversion.expert_pass import Sums, compressed_records, groups, original_outputs, summed
+from tiny_qmoe_mlx.conversion.qmoe import qmoe_records, settled, spooled
 from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
 from tiny_qmoe_mlx.hub.client import HubError
 from tiny_qmoe_mlx.hub.shards import SourceShards
 from tiny_qmoe_mlx.hub.upload import Uploader
 from tiny_qmoe_mlx.original import checkpoint
-from tiny_qmoe_mlx.spec import AFFINE, LayerSpec, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, QMOE, LayerSpec, ModelSpec
 from tiny_qmoe_mlx.staging import check_space
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -139,7 +140,20 @@ class _Turn:
     kind: ExpertKind
 
     def write(self, records: Iterable[np.ndarray]) -> None:
-        write_experts_file(self.job.directory, self.spec, self.job.spec.alignment, _counted(self.job, records))
+        job, counted = self.job, _counted(self.job, records)
+        if job.spec.codec != QMOE:
+            write_experts_file(job.directory, self.spec, job.spec.alignment, counted)
+            return
+        with spooled(counted, job.directory, job.spec.alignment) as (size, padded):
+            job.spec = settled(job.spec, {self.spec.layer: size})
+            self.spec = replace(self.spec, record_bytes=size)
+            write_experts_file(job.directory, self.spec, job.spec.alignment, padded)
+
+    def records(self, tokens: LayerTokens | None) -> Iterable[np.ndarray]:
+        """The layer's experts, compressed."""
+        if self.job.spec.codec == QMOE:
+            return qmoe_records(self.found, self.kind, tokens)
+        return compressed_records(self.found, self.spec, self.kind, tokens)
 
     def quantize_rest(self) -> dict[str, mx.array]:
         rest.quantize(self.job.model, self.path, self.layer, self.job.settings.rest_bits, self.job.kept)
@@ -150,7 +164,7 @@ def _uncalibrated(turn: _Turn) -> Finished:
     if turn.job.spec.codec == AFFINE:
         turn.write(record for group in groups(turn.found) for record in affine_records(turn.found, group, turn.spec))
     else:
-        turn.write(compressed_records(turn.found, turn.spec, turn.kind, None))
+        turn.write(turn.records(None))
     return turn.quantize_rest(), {}
 
 
@@ -173,7 +187,7 @@ def _calibrated(turn: _Turn) -> Finished:
         tokens.missing = after.reshape(len(tokens.x), -1) - compressed.base - if_original
     del if_original, outputs
     sums = Sums(compressed, width)
-    turn.write(summed(compressed_records(turn.found, turn.spec, turn.kind, tokens), turn.kind, sums))
+    turn.write(summed(turn.records(tokens), turn.kind, sums))
     carried = layerwise.finish(turn.call, experts, streams["compressed"], compressed, sums.values)
     return written, {"reference": after, "compressed": carried}
 

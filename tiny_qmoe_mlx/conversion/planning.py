@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_qmoe_mlx.conversion.affine import affine_layer_specs
+from tiny_qmoe_mlx.conversion.qmoe import qmoe_layer_specs
 from tiny_qmoe_mlx.conversion.rates import layer_bits, record_bytes_for
 from tiny_qmoe_mlx.conversion.sensitivity import sensitivities
 from tiny_qmoe_mlx.conversion.settings import MAX_BITS, Settings
@@ -13,7 +14,7 @@ from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.hub.client import Located
 from tiny_qmoe_mlx.original import checkpoint
-from tiny_qmoe_mlx.spec import AFFINE, FORMAT_VERSION, LayerSpec, ModelSpec, bits_per_weight
+from tiny_qmoe_mlx.spec import AFFINE, CODEC, FORMAT_VERSION, QMOE, LayerSpec, ModelSpec, bits_per_weight
 
 LEAST_BITS = 0.75  # of a layer that gets fewer bits than others: below, most blocks of an expert would be absent
 SHARE = 0.6  # of the asked bits that every layer gets at least
@@ -38,6 +39,9 @@ def plan_layers(
     if settings.codec == AFFINE:
         specs, alignment = affine_layer_specs(layers, int(settings.bits))
         return _model_spec(specs, alignment, settings, located, name, None)
+    if settings.codec == QMOE:
+        specs, alignment = qmoe_layer_specs(layers, settings)
+        return _model_spec(specs, alignment, settings, located, name, tokens)
     equal = _spec(layers, [settings.bits] * len(layers), settings, located, name, tokens)
     if not settings.layer_rates or tokens is None or len(layers) < 2:
         return equal
@@ -82,7 +86,7 @@ def _model_spec(
     name: str,
     tokens: np.ndarray | None,
 ) -> ModelSpec:
-    trellis = settings.codec != AFFINE
+    trellis = settings.codec == CODEC
     return ModelSpec(
         format_version=FORMAT_VERSION,
         codec=settings.codec,
@@ -93,7 +97,7 @@ def _model_spec(
         layers=tuple(specs),
         source={"model": name, "revision": located.revision},
         calibration={
-            "source": Path(settings.calibration).name if trellis else "none",
+            "source": Path(settings.calibration).name if settings.codec != AFFINE else "none",
             "tokens": 0 if tokens is None else int(tokens.size),
         },
     )

@@ -22,6 +22,7 @@ from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
 from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.layer import BEFORE_LAYERS, Job, Progress, convert_layer
 from tiny_qmoe_mlx.conversion.planning import plan_layers
+from tiny_qmoe_mlx.conversion.qmoe import settle_finished
 from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.conversion.text import calibration_tokens, can_write
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
@@ -31,7 +32,7 @@ from tiny_qmoe_mlx.hub.upload import Uploader
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
-from tiny_qmoe_mlx.spec import AFFINE, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, CODEC, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
 
@@ -102,10 +103,10 @@ def _check_together(settings: Settings, stream_shards: bool, finetune: bool) -> 
     Raises:
         ValueError: what to leave out.
     """
-    if finetune and (stream_shards or settings.codec == AFFINE or settings.calibration == "none"):
+    if finetune and (stream_shards or settings.codec != CODEC or settings.calibration == "none"):
         raise ValueError(
             "[convert] finetuning needs the original on the disk, trellis records and calibration tokens; leave out "
-            "--stream-shards, --codec affine and --calibration none."
+            "--stream-shards, --codec and --calibration none."
         )
     if stream_shards and (settings.layer_rates or settings.calibration in ("self", "auto")):
         raise ValueError(
@@ -215,6 +216,8 @@ def _job(
     state = unfinished.load_state(directory)
     if state:
         job.finished, job.facts, job.streams = state
+        if spec.codec == QMOE:
+            job.spec = settle_finished(spec, directory, job.finished)
     return job, tokens, config
 
 

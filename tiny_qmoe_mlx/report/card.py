@@ -213,7 +213,7 @@ def _origin(text: dict[str, Any]) -> str:
     return "that the original wrote itself" if text["source"] == "self" else f"of `{text['source']}`"
 
 
-TOLD = ("bits", "codec", "length", "calibration", "seed")  # settings that the container knows better
+TOLD = ("bits", "codec", "codewords", "length", "calibration", "seed")  # settings that the container knows better
 
 
 def _made(container: Container, made: dict[str, Any]) -> str:

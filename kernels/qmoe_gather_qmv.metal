@@ -1,0 +1,118 @@
+// Products of a few tokens with gathered experts of the qmoe codec (docs/FORMAT.md, section 7), straight from their
+// codewords. After trellis_decode.metal and trellis_gather_qmv.metal, whose record_at, Members and TQ_ parameters it uses.
+//
+//   pool    u8, records at base + 128 * table[expert];  ids  u32 or i32 [picks];  table  u32 [experts]
+//   x       T [tokens or picks, columns]
+//   tables  u32: for each table the places of its starts and symbols and the number of codewords; then all of these
+//   params  u32 [8]: base, experts, rows of x, picks that share a row of x, columns, rows of the output, matrix, tables
+//
+// Grid: x = rows x 32, y = picks of a row of x, z = rows of x. One simdgroup computes one row for up to W picks of one
+// expert. Its lanes take 32 codewords at once, know by a prefix sum of their lengths where in the row they begin, and visit
+// the weights that are not zero. QMoE's kernel walks the codewords one by one, a lane a weight, zeros included. No memory is
+// shared between lanes, so nothing has to be synchronised. Whatever codewords and places of rows are, nothing outside of
+// the section, the tables and x is read.
+
+#define TQ_TABLES params[7]
+
+// Where the parts of one matrix of a record lie.
+struct QmoeView {
+  const device uint* offsets;    // codewords before each row
+  const device float* bias;      // one a row, where there are biases
+  const device ushort* values;   // bfloat16, LEVELS - 1 a row
+  const device uchar* codes;
+  uint codewords, table;
+};
+
+template <int LEVELS, int BITS, bool BIAS>
+METAL_FUNC QmoeView qmoe_view(const device uchar* record, uint matrix) {
+  const device uint* header = (const device uint*)record;
+  const uint rows = header[4 + 3 * matrix];
+  const device uchar* section = record + 128 * ulong(header[6 + 3 * matrix]);
+  const device uint* head = (const device uint*)section;
+  QmoeView m;
+  m.table = head[1];
+  m.offsets = head + 4;
+  m.bias = (const device float*)(m.offsets + rows + 1);
+  m.values = (const device ushort*)(m.bias + (BIAS ? rows : 0));
+  const ulong side = 16 + 4 * ulong(rows + 1) + (BIAS ? 4 * ulong(rows) : 0) + 2 * (LEVELS - 1) * ulong(rows);
+  m.codes = section + (side + 127) / 128 * 128;
+  const ulong begin = ulong(m.codes - record), bytes = header[2] > begin ? header[2] - begin : 0;
+  m.codewords = uint(min(ulong(head[0]), bytes * 8 / BITS));
+  return m;
+}
+
+template <int BITS>
+METAL_FUNC uint qmoe_codeword(const device uchar* codes, uint c) {
+  if (BITS == 8) return codes[c];
+  if (BITS == 16) return ((const device ushort*)codes)[c];
+  const device uchar* at = codes + c + c / 2;
+  const uint both = uint(at[0]) | uint(at[1]) << 8;
+  return c & 1 ? both >> 4 : both & 4095;
+}
+
+// 16 symbols from symbol `at` on, the first in the lowest bits, zeros from `count` on. Two words follow the last symbol.
+template <typename Tables>
+METAL_FUNC uint qmoe_symbols(Tables tables, uint symbols, uint at, uint count) {
+  const uint word = symbols + at / 16, shift = at % 16 * 2;
+  const uint low = tables[word] >> shift;
+  const uint both = shift == 0 ? low : low | tables[word + 1] << (32 - shift);
+  return count < 16 ? both & ((1u << (2 * count)) - 1) : both;
+}
+
+METAL_FUNC float qmoe_value(const device ushort* values, uint i) { return as_type<float>(uint(values[i]) << 16); }
+
+// y T [picks, rows] = matrix TQ_MATRIX of each pick's expert times its row of x.
+template <int LEVELS, int BITS, bool BIAS, int W, typename T, typename Ids, typename Table, typename X, typename Tables,
+          typename Params>
+METAL_FUNC void qmoe_gather_qmv(const device uchar* pool, Ids ids, Table table, X x, Tables tables, Params params,
+                                device T* y, uint3 group, uint sg, uint sgs, uint lane) {
+  const uint row = group.x * sgs + sg, pick = group.z * TQ_SHARED + group.y;
+  const Members members = members_of<W>(ids, pick, TQ_PICKS, lane);
+  if (members.count == 0 || row >= TQ_ROWS) return;
+  const QmoeView m = qmoe_view<LEVELS, BITS, BIAS>(
+      record_at(pool, table, uint(ids[pick]), TQ_EXPERTS, TQ_BASE), TQ_MATRIX);
+  const uint entry = 3 * min(m.table, TQ_TABLES - 1), columns = TQ_COLUMNS;
+  const uint starts = tables[entry], symbols = tables[entry + 1], entries = tables[entry + 2];
+  float value[3];
+#pragma clang loop unroll(full)
+  for (int s = 0; s < LEVELS - 1; ++s) value[s] = qmoe_value(m.values, row * (LEVELS - 1) + s);
+  uint from[W];
+  float acc[W];
+  rows_of_z<W>(members, params, group.z, from);
+#pragma clang loop unroll(full)
+  for (int t = 0; t < W; ++t) acc[t] = 0.0f;
+
+  const uint end = min(m.offsets[row + 1], m.codewords);
+  uint at = 0;  // column where the next 32 codewords begin; the same in every lane, as is `first`
+  for (uint first = m.offsets[row]; first < end && at < columns; first += 32) {
+    uint start = 0, length = 0;
+    if (lane < end - first) {
+      const uint codeword = starts + min(qmoe_codeword<BITS>(m.codes, first + lane), entries - 1);
+      start = tables[codeword];
+      length = tables[codeword + 1] - start;
+    }
+    const uint before = simd_prefix_exclusive_sum(length), column = at + before;
+    at += simd_broadcast(before + length, 31);
+    const uint inside = column < columns ? min(length, columns - column) : 0;
+    for (uint i = 0; i < inside; i += 16) {
+      const uint run = qmoe_symbols(tables, symbols, start + i, inside - i);
+      for (uint left = (run | run >> 1) & 0x55555555u; left != 0; left &= left - 1) {
+        const uint bit = ctz(left), symbol = run >> bit & 3, place = column + i + bit / 2;
+        const float w = symbol == 1 ? value[0] : symbol == 2 || LEVELS == 3 ? value[1] : value[LEVELS - 2];
+#pragma clang loop unroll(full)
+        for (uint t = 0; t < W; ++t) {
+          if (W > 1 && t >= members.count) break;
+          acc[t] = fma(w, float(x[from[t] + place]), acc[t]);
+        }
+      }
+    }
+  }
+  const float bias = BIAS ? m.bias[row] : 0.0f;
+#pragma clang loop unroll(full)
+  for (uint t = 0; t < W; ++t) {
+    if (W > 1 && t >= members.count) break;
+    const float sum = simd_sum(acc[t]);
+    const uint to = W == 1 ? pick : simd_broadcast(members.pick, ushort(t));
+    if (lane == 0) y[to * TQ_ROWS + row] = T(sum + bias);
+  }
+}
