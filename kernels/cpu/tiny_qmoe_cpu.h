@@ -55,6 +55,11 @@ TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t
 TQ_API int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* biases, int bits, int64_t rows,
                          int64_t columns, const float* x, int tokens, float* y);
 
+// rANS as in codecs/rans.py: frequencies u32 [256], ends u32 [tiles], states u32 [tiles][32], words u16 [word_count] ->
+// out u8 [count]. TQ_RECORD if anything contradicts itself; out is then unfinished.
+TQ_API int tq_rans_decode(const uint32_t* frequencies, const uint8_t* ends, const uint8_t* states, int64_t tiles,
+                          const uint8_t* words, int64_t word_count, int64_t count, uint8_t* out);
+
 #ifdef __cplusplus
 }
 #endif
