@@ -56,10 +56,24 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--codec",
-        choices=["trellis", "affine"],
+        choices=["trellis", "affine", "tiny-qmoe", "lossless"],
         default="trellis",
         help="how experts are coded (default trellis); affine keeps the codes of a quantized checkpoint bit for bit "
-        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8",
+        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8; tiny-qmoe rounds a dense model to 8 bits (2509.22951); "
+        "lossless shrinks a dense model, or quantized experts, without changing a weight",
+    )
+    p.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        help="columns of a row that share a scale with --codec tiny-qmoe: 128, or 0 for one of a whole matrix",
+    )
+    p.add_argument(
+        "--coder",
+        choices=["tuples", "rans"],
+        default="tuples",
+        help="of the codes of --codec tiny-qmoe: the paper's table of 4-tuples, which is hardly ever smaller than the "
+        "codes themselves (they are then kept), or an entropy coder",
     )
     p.add_argument(
         "--calibration",
@@ -124,6 +138,8 @@ def main(argv: list[str]) -> int:
             sequences=args.calibration_sequences,
             sequence_tokens=args.calibration_tokens,
             codec=args.codec,
+            group=args.group_size,
+            coder=args.coder,
             drift=not args.no_drift,
             layer_rates=args.layer_rates,
             seed=args.seed,

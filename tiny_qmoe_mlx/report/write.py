@@ -19,7 +19,7 @@ from tiny_qmoe_mlx import __version__
 from tiny_qmoe_mlx.container import FORMAT_VERSION, MANIFEST, SELF, Container, file_hash, read_config, read_manifest
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.report import card, plots
-from tiny_qmoe_mlx.spec import AFFINE
+from tiny_qmoe_mlx.spec import CODEC
 from tiny_qmoe_mlx.staging import atomic_file, write_json
 
 QUALITY, RATES, LAYERS = "quality.json", "rates.png", "kl.png"
@@ -145,7 +145,7 @@ def _draw(directory: Path, quality: dict[str, Any]) -> list[str]:
     if not plots.available():
         return [plots.MISSING]
     container = _unfinished(directory)
-    if container.spec.codec != AFFINE:  # whose matrices all have one rate
+    if container.spec.codec == CODEC:  # others have one rate for all of a matrix
         plots.draw_rates(plots.layer_rates(container), container.spec.bits, directory / RATES)
     plots.draw_layers(quality.get("layers") or [], directory / LAYERS)
     return []
