@@ -58,6 +58,10 @@ def spread(grid: np.ndarray, columns: int, group: int) -> np.ndarray:
 
 def dequantize(arrays: dict[str, np.ndarray], group: int) -> np.ndarray:
     """Weights of a matrix, float32 (rows, columns), from what `quantize` gave."""
-    codes = arrays["weight"]
-    steps = codes.astype(np.float32) - spread(arrays["zeros"], codes.shape[1], group)
-    return steps * spread(arrays["scales"].astype(np.float32), codes.shape[1], group)
+    out, scales = arrays["weight"].astype(np.float32), arrays["scales"].astype(np.float32)
+    width = group or out.shape[1]
+    for i, start in enumerate(range(0, out.shape[1], width)):  # in place: a decoder layer is done for every token
+        part = out[:, start : start + width]
+        part -= arrays["zeros"][:, i : i + 1]
+        part *= scales[:, i : i + 1]
+    return out
