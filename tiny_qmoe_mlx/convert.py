@@ -158,6 +158,8 @@ def main(argv: list[str]) -> int:
         terminal.print_json(found)
     else:
         print(f"{out}: experts at {found['bits']:.3f} bits per weight, {found['file_bytes'] / 1e6:.1f} MB in all")
+        for method, part in report.read_quality(out).get("coding", {}).items():  # which of them grew, and were kept
+            print(f"  {part['planes']} planes of bytes by {method}, {part['bytes'] / 1e6:.1f} MB")
     return 0
 
 

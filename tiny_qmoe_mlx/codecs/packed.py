@@ -194,9 +194,9 @@ def _check_header(data: np.ndarray, planes: int, where: str) -> None:
         raise FormatError(f"[{where}] the record's header is damaged; {rans.AGAIN}.")
     if data[4] != RECORD_VERSION or data[5] != CODEC_ID or int(words[3]) != planes:
         raise FormatError(
-            f"[{where}] record version {RECORD_VERSION} of codec {CODEC_ID} with {planes} planes is asked for, received "
-            f"version {data[4]} of codec {data[5]} with {int(words[3])}; the files do not belong together, convert "
-            "the model again."
+            f"[{where}] record version {RECORD_VERSION} of codec {CODEC_ID} with {planes} planes is asked for, "
+            f"received version {data[4]} of codec {data[5]} with {int(words[3])}; the files do not belong together, "
+            "convert the model again."
         )
     used = int(words[2])
     if _hash(data, planes) != int(data[16:24].view("<u8")[0]) or used % UNIT or used > len(data):

@@ -132,6 +132,13 @@ def _job(model: nn.Module, settings: Settings, directory: Path, progress: Progre
     return job
 
 
+def made(settings: Settings) -> dict[str, Any]:
+    """The settings that mean something to the codec."""
+    if settings.codec == LOSSLESS:
+        return {}
+    return {"rest_bits": settings.rest_bits, "group": settings.group, "coder": settings.coder}
+
+
 # ---- what is coded
 
 
@@ -336,5 +343,5 @@ def _methods(facts: list[dict[str, Any]]) -> dict[str, Any]:
     total = np.sum([fact["methods"] for fact in facts], axis=0).tolist()
     return {
         word: {"planes": planes, "bytes": size}
-        for word, (planes, size) in zip(("as they are", "tuples", "rans"), total, strict=True)
+        for word, (planes, size) in zip(("no coder", "tuples", "rans"), total, strict=True)
     }

@@ -141,7 +141,8 @@ def _write(
             settings = _decided(settings, located)
             if settings.codec in CODED:
                 methods = coded.convert(located, settings, directory, wanted.source, progress)
-                report.write_report(directory, located.directory, {"coding": methods}, asdict(settings), output.name)
+                made = coded.made(settings)
+                report.write_report(directory, located.directory, {"coding": methods}, made, output.name)
                 write_manifest(directory)
                 return located, None
             job, tokens, config = _job(located, settings, directory, progress, wanted.source)
