@@ -85,7 +85,19 @@ FAMILIES = {
         "rope_scaling": None,
     },
 }
-MORE: dict[str, dict] = {}  # families that some tests read checkpoints of, and that not every test need run
+MORE: dict[str, dict] = {  # families that some tests read checkpoints of, and that not every test need run
+    "llama": {  # as Llama 3.2: the head is the embedding, rotary frequencies are stretched
+        "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "qwen2": {"tie_word_embeddings": True},  # its q, k and v have biases
+}
 TOP_K = {"ernie4_5_moe": "moe_k"}
 
 

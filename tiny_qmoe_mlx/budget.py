@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import BudgetError
-from tiny_qmoe_mlx.footprint import kv_bytes, program_bytes, scratch_bytes, top_k, weight_bytes
+from tiny_qmoe_mlx.footprint import kv_bytes, picks, program_bytes, scratch_bytes, weight_bytes
 
 UNITS = {
     "": 1,
@@ -109,7 +109,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
     kv, scratch = kv_bytes(container.config, context, cpu), scratch_bytes(container, context, cpu)
     fixed = runtime + weights + kv + scratch
     counts = _records(container)
-    least = {size: min(count, top_k(container.config)) for size, count in counts.items()}
+    least = {size: min(count, picks(container)) for size, count in counts.items()}
     smallest, resident = (fixed + sum(s * n for s, n in slots.items()) for slots in (least, counts))
     if budget < smallest:
         raise BudgetError(
@@ -126,7 +126,7 @@ def _records(container: Container) -> dict[int, int]:
     """Number of records of each size."""
     counts: dict[int, int] = {}
     for layer in container.spec.layers:
-        counts[layer.record_bytes] = counts.get(layer.record_bytes, 0) + layer.experts
+        counts[layer.slot] = counts.get(layer.slot, 0) + layer.experts
     return counts
 
 

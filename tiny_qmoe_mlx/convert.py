@@ -56,10 +56,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--codec",
-        choices=["trellis", "affine", "qmoe"],
+        choices=["trellis", "affine", "qmoe", "tiny-qmoe", "lossless"],
         default="trellis",
         help="how experts are coded (default trellis); affine keeps the codes of a quantized checkpoint bit for bit "
-        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8; qmoe is QMoE's code (arXiv 2310.16795)",
+        "and quantizes others to --bits 2, 3, 4, 5, 6 or 8; qmoe is QMoE's code (2310.16795); tiny-qmoe rounds a dense "
+        "model to 8 bits (2509.22951); lossless shrinks a dense model, or quantized experts, without changing a weight",
     )
     p.add_argument(
         "--codewords",
@@ -67,6 +68,19 @@ def parser() -> argparse.ArgumentParser:
         default="dictionary",
         help="of codec qmoe: its dictionary (the default), or Tunstall's code with codewords of so many bits, which is "
         "made for each matrix's share of zeros and smaller",
+    )
+    p.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        help="columns of a row that share a scale with --codec tiny-qmoe: 128, or 0 for one of a whole matrix",
+    )
+    p.add_argument(
+        "--coder",
+        choices=["tuples", "rans"],
+        default="tuples",
+        help="of the codes of --codec tiny-qmoe: the paper's table of 4-tuples, which is hardly ever smaller than the "
+        "codes themselves (they are then kept), or an entropy coder",
     )
     p.add_argument(
         "--calibration",
@@ -132,6 +146,8 @@ def main(argv: list[str]) -> int:
             sequence_tokens=args.calibration_tokens,
             codec=args.codec,
             codewords=args.codewords,
+            group=args.group_size,
+            coder=args.coder,
             drift=not args.no_drift,
             layer_rates=args.layer_rates,
             seed=args.seed,
@@ -150,6 +166,8 @@ def main(argv: list[str]) -> int:
         terminal.print_json(found)
     else:
         print(f"{out}: experts at {found['bits']:.3f} bits per weight, {found['file_bytes'] / 1e6:.1f} MB in all")
+        for method, part in report.read_quality(out).get("coding", {}).items():  # which of them grew, and were kept
+            print(f"  {part['planes']} planes of bytes by {method}, {part['bytes'] / 1e6:.1f} MB")
     return 0
 
 

@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import metal, native, native_qmoe
-from tiny_qmoe_mlx.codecs import affine, qmoe, rotation, trellis
+from tiny_qmoe_mlx import metal, native, native_qmoe, native_rans
+from tiny_qmoe_mlx.codecs import affine, packed, qmoe, rotation, trellis
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec
 
@@ -19,8 +19,8 @@ class ExpertKind:
 
     matrices: (name, rows, columns) of gate, up, down, or fc1, fc2; length: L of the trellis; seed and layer: of the
     rotation's signs; activation: the module's own; called (up, gate), or (hidden) where there are two matrices;
-    packing: of each matrix where the codec is affine, else none; coding: where it is qmoe, else None. Those two have
-    neither trellis nor rotation.
+    packing: of each matrix of the other codecs but qmoe, coding: of codec qmoe; neither has trellis or rotation. coded:
+    whether a record on the disk is decoded into what is computed with (codecs/packed.py).
     """
 
     matrices: tuple[tuple[str, int, int], ...]
@@ -31,6 +31,7 @@ class ExpertKind:
     activation: nn.Module
     packing: tuple[affine.Packing, ...] = ()
     coding: qmoe.Coding | None = None
+    coded: bool = False
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -70,7 +71,7 @@ class ExpertKind:
 
 def expert_kind(layer: LayerSpec, spec: ModelSpec, activation: nn.Module) -> ExpertKind:
     """What a layer's experts have in common, from the container's words and the module's activation."""
-    own = layer.packing, layer.coding
+    own = layer.packing, layer.coding, layer.coded
     return ExpertKind(layer.matrices, layer.bias, spec.length, spec.seed, layer.layer, activation, *own)
 
 
@@ -87,12 +88,25 @@ def fused_activation(activation: nn.Module, matrices: int) -> tuple[str, float, 
     return None
 
 
-def check_record(data: np.ndarray, kind: ExpertKind, where: str) -> None:
+def expand(data: np.ndarray, kind: ExpertKind, where: str, table: np.ndarray | None) -> list[affine.Matrix]:
+    """The matrices of a coded record; `table` is the model's of 4-tuples, if it has one.
+
+    Raises:
+        FormatError: naming `where` and what is wrong.
+    """
+    return packed.expand(data, kind.shapes, kind.packing, where, table, native_rans.decode)
+
+
+def check_record(data: np.ndarray, kind: ExpertKind, where: str, table: np.ndarray | None = None) -> None:
     """Refuse a record that a kernel must not see.
 
     Raises:
         FormatError: naming `where` and what is wrong.
     """
+    if kind.coded:
+        for matrix in expand(data, kind, where, table):
+            packed.check_values(matrix, where)
+        return
     if kind.packing:
         affine.parse(data, kind.shapes, kind.packing, where)
         return

@@ -16,6 +16,8 @@ LINUX = sys.platform == "linux"
 PROGRAM_BYTES = (85 if LINUX else 120) * MB
 TOKENIZER_FACTOR = 14  # memory of a tokenizer over the size of its tokenizer.json, measured
 MLX_CACHE_BYTES = 32 * MB  # freed arrays that MLX may keep
+READERS = 8  # threads that decode records of experts as they read them
+WORK_BYTES = 16  # a weight, while a matrix of a whole decoder layer is expanded: codes, steps, scales, values
 PREFILL_CHUNK = 512  # tokens; fixed, so that results do not depend on the budget
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow, from wherever the last chunk ended
 TOP_K_KEYS = (
@@ -53,6 +55,11 @@ def top_k(config: dict) -> int:
     text = {**config, **(config.get("text_config") or {})}
     found = [text[key] for key in TOP_K_KEYS if isinstance(text.get(key), int)]
     return max([1, *found]) if found else 8
+
+
+def picks(container: Container) -> int:
+    """Most records of a layer that one token asks for: 1 where a record is a whole decoder layer."""
+    return 1 if container.spec.layers[0].whole else top_k(container.config)
 
 
 def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
@@ -139,11 +146,22 @@ def _expert_bytes(container: Container, tokens: int, cpu: bool) -> int:
     from tiny_qmoe_mlx.ops import DENSE_BYTES, GPU_DENSE_BYTES
 
     layers, picks = container.spec.layers, tokens * top_k(container.config)
+    if layers[0].whole:
+        return _whole_bytes(container, tokens, cpu)
     hidden = max(layer.shapes[-1][0] for layer in layers)
     inner = max(layer.shapes[0][0] for layer in layers)
+    reading = max((READERS * (layer.record_bytes + 2 * layer.slot) for layer in layers if layer.expands), default=0)
     if cpu:
-        return 3 * picks * hidden * 4 + tokens * (hidden + 3 * inner) * 4 + DENSE_BYTES
-    return 3 * picks * hidden * 2 + picks * (hidden + 3 * inner) * 2 + 2 * GPU_DENSE_BYTES
+        return 3 * picks * hidden * 4 + tokens * (hidden + 3 * inner) * 4 + DENSE_BYTES + reading
+    return reading + 3 * picks * hidden * 2 + picks * (hidden + 3 * inner) * 2 + 2 * GPU_DENSE_BYTES
+
+
+def _whole_bytes(container: Container, tokens: int, cpu: bool) -> int:
+    """One decoder layer expanded, its largest matrix on the way there, and the rows that its matrices put out."""
+    layers = container.spec.layers
+    expanded = max(layer.weights for layer in layers) * (4 if cpu else 2)
+    largest = max(rows * columns for layer in layers for rows, columns in layer.shapes)
+    return expanded + WORK_BYTES * largest + 3 * tokens * max(r for layer in layers for r, _ in layer.shapes) * 4
 
 
 def _dequantized_bytes(container: Container) -> int:

@@ -20,9 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe
+from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe, whole
 from tiny_qmoe_mlx import lookahead as ahead
-from tiny_qmoe_mlx.codecs import qmoe
+from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
@@ -138,7 +138,7 @@ def _end(pressure: Pressure, cache: ExpertCache) -> None:
 
 def _trace_header(container: Container) -> dict[str, Any]:
     layers = container.spec.layers
-    sizes = [layer.experts for layer in layers], [layer.record_bytes for layer in layers]
+    sizes = [layer.experts for layer in layers], [layer.slot for layer in layers]
     return traces.header(profiles.identity(container), *sizes)
 
 
@@ -187,6 +187,7 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 records = tuple(f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums"))
+                records += (tuples.TENSOR,)
                 kept = {name: w for name, w in weights.items() if name not in records}
                 return super().sanitize(kept) if hasattr(base, "sanitize") else kept
 
@@ -207,11 +208,16 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
 
 
 def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
-    """Replace every expert layer by a RecordExperts, in place.
+    """Replace every expert layer by a RecordExperts, or every decoder layer of a dense model by one that is expanded
+    from its record; in place.
 
     Raises:
         FormatError: the config's layers are not the model's.
     """
+    if spec.layers[0].whole:
+        for index, layer in enumerate(spec.layers):
+            whole.swap(model, index, layer, expert_kind(layer, spec, nn.Identity()))
+        return
     own = {found.path: found for found in checkpoint.expert_layers(model)}
     if sorted(own) != sorted(layer.path for layer in spec.layers):
         raise FormatError(
@@ -233,8 +239,8 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
 
 def record_layers(model: nn.Module) -> list[RecordExperts]:
     """The model's expert layers in order."""
-    found = [m for m in model.modules() if isinstance(m, RecordExperts)]
-    return sorted(found, key=lambda m: m._index)
+    found = [m for m in model.modules() if isinstance(m, RecordExperts | whole.Whole)]
+    return sorted(found, key=lambda m: m._index)  # type: ignore[arg-type]
 
 
 def load(
@@ -351,7 +357,7 @@ def finish(model: nn.Module, cpu: bool) -> None:
 
 def _load_resident(runtime: Runtime, progress: Progress) -> None:
     layers, slots = runtime.container.spec.layers, runtime.budget.slots
-    counts = {size: sum(x.experts for x in layers if x.record_bytes == size) for size in slots}
+    counts = {size: sum(x.experts for x in layers if x.slot == size) for size in slots}
     total = sum(count for size, count in counts.items() if slots[size] >= count)
     done = 0
 

@@ -53,6 +53,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "tq_check_record": ([pointer, u64, pointer, i32, i32], i32),
         "tq_record_shape": ([pointer, u64, i32, pointer], i32),
         "tq_dequantize": ([pointer, u64, i32, i64, i64, pointer], i32),
+        "tq_rans_decode": ([pointer, pointer, pointer, i64, pointer, i64, i64, pointer], i32),
         "tq_affine_qmv": ([pointer, pointer, pointer, i32, i64, i64, pointer, i32, pointer], i32),
         "tq_gather_qmv": (
             [pointer, u64, pointer, i64, i32, pointer, i64, i64, pointer, pointer, i64, pointer],

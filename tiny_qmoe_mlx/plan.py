@@ -86,9 +86,11 @@ def _expected(container: Any, part: Any, probe: bool, profile: Any, trace: Any, 
 
     hits, source = forecast.hit_rate(container, part.slots, profile, trace)
     hits, source = (1.0, "all in memory") if part.mode == "resident" else (hits, source)
-    whole = sum(layer.experts * layer.record_bytes for layer in container.spec.layers)
+    whole = sum(layer.experts * layer.slot for layer in container.spec.layers)
     found = {"resident_share": part.pool_bytes / whole, "hit_rate": hits, "hit_rate_from": source}
-    if not probe:
+    if container.spec.layers[0].whole:  # they come in turn, and no chain of them can be longer than the pool
+        found |= {"hit_rate": part.pool_bytes / whole, "hit_rate_from": "the share of layers that fit"}
+    if not probe or container.spec.layers[0].coded:  # decoding is not timed
         return found
     largest = max(layer.record_bytes for layer in container.spec.layers)
     blas.install()

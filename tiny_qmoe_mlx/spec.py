@@ -10,17 +10,19 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from tiny_qmoe_mlx.codecs import qmoe
-from tiny_qmoe_mlx.codecs.affine import Packing, layout
+from tiny_qmoe_mlx.codecs.affine import OTHERS, Packing, layout
 from tiny_qmoe_mlx.codecs.trellis import LENGTHS, MAX_DIMENSION, UNIT, side_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
 FORMAT_VERSION = 1
-CODEC, AFFINE, QMOE = CODECS = ("trellis", "affine", "qmoe")
+CODEC, AFFINE, QMOE, TINY, LOSSLESS = CODECS = ("trellis", "affine", "qmoe", "tiny-qmoe", "lossless")
+CODED = (TINY, LOSSLESS)  # whose records are decoded before they are computed with (codecs/packed.py)
 CONFIG = "config.json"
 ALIGNMENTS = (16384, 4096, 1024, 128)
 CHECKSUM_BYTES = 65536
 MAX_EXPERTS, MAX_LAYERS = 65536, 2048  # the rotation's seeds leave a layer's index 11 bits
 MAX_RECORD = 1 << 31
+MAX_MATRICES = 4096  # of a whole decoder layer
 MATRIX_NAMES = (("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2"))
 AGAIN = "copy or convert the model again"
 
@@ -28,7 +30,9 @@ AGAIN = "copy or convert the model again"
 @dataclass(frozen=True)
 class LayerSpec:
     """One MoE layer: module path, decoder layer index, file, experts, record size, (name, rows, columns) of matrices;
-    packing: one for each matrix with the affine codec, else none; coding: of all matrices with the qmoe codec, or None.
+    packing: one for each matrix, but none with the trellis and qmoe; coding: of all matrices with qmoe, or None;
+    slot_bytes: of a coded record, what it takes in memory, else 0. A layer whose matrices are not those of experts is a
+    whole decoder layer: one record, always chosen.
 
     Raises:
         FormatError: a field has the wrong type, is out of bounds, or contradicts another.
@@ -43,6 +47,7 @@ class LayerSpec:
     bias: bool
     packing: tuple[Packing, ...] = ()
     coding: qmoe.Coding | None = None
+    slot_bytes: int = 0
 
     def __post_init__(self) -> None:
         fine = type(self.path) is str and bool(re.fullmatch(r"[\w.]{1,256}", self.path, re.ASCII))
@@ -52,7 +57,30 @@ class LayerSpec:
         _check_int(self.experts, 1, MAX_EXPERTS, f"experts of {self.path}")
         _check_int(self.record_bytes, UNIT, MAX_RECORD, f"record_bytes of {self.path}")
         _check(type(self.bias) is bool, f"bias of {self.path} should be true or false", self.bias)
+        _check_int(self.slot_bytes, 0, MAX_RECORD, f"slot_bytes of {self.path}")
         _check_matrices(self)
+
+    @property
+    def coded(self) -> bool:
+        """Whether a record has to be decoded before it is computed with."""
+        return self.slot_bytes > 0
+
+    @property
+    def slot(self) -> int:
+        """Bytes that a record takes in memory."""
+        return self.slot_bytes or self.record_bytes
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer is a whole decoder layer of a dense model, not one of experts."""
+        return tuple(name for name, _, _ in self.matrices) not in MATRIX_NAMES
+
+    @property
+    def expands(self) -> bool:
+        """Whether a record is decoded when it is read, into a record of codec affine; those of whole decoder layers are
+        when they are used.
+        """
+        return self.coded and not self.whole
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -77,8 +105,8 @@ class LayerSpec:
     def to_dict(self) -> dict[str, Any]:
         """The object that stands in config.json."""
         found = {**asdict(self), "matrices": [list(m) for m in self.matrices]}
-        own = {"packing": list(found.pop("packing")), "coding": found.pop("coding")}
-        return found | {key: value for key, value in own.items() if value}
+        own = {key: found.pop(key) for key in ("packing", "coding", "slot_bytes")}
+        return found | {key: list(value) if key == "packing" else value for key, value in own.items() if value}
 
     @staticmethod
     def from_dict(value: Any) -> "LayerSpec":
@@ -120,8 +148,8 @@ class ModelSpec:
         _check(type(self.bits) in (int, float) and 0 < self.bits <= 64, "bits should lie in 0 to 64", self.bits)
         _check(self.alignment in ALIGNMENTS, f"alignment should be one of {ALIGNMENTS}", self.alignment)
         if self.codec != CODEC:
-            unused = self.length == 0 and self.seed == 0
-            _check(unused, f"length and seed of codec {self.codec} should be 0", self.length)
+            fine = self.length == 0 and self.seed == 0
+            _check(fine, f"length and seed of codec {self.codec} should be 0", self.length)
         else:
             _check(self.length in LENGTHS, f"length (of the trellis) should be one of {LENGTHS}", self.length)
         _check_int(self.seed, 0, 2**32 - 1, "seed")
@@ -129,10 +157,20 @@ class ModelSpec:
         for layer in self.layers:
             fits = layer.record_bytes % self.alignment == 0
             _check(fits, f"record_bytes of {layer.path} should be a multiple of {self.alignment}", layer.record_bytes)
-            packed = bool(layer.packing) == (self.codec == AFFINE)
-            _check(packed, f"{layer.path} should have a packing if and only if codec is {AFFINE}", layer.packing)
-            coded = (layer.coding is not None) == (self.codec == QMOE)
-            _check(coded, f"{layer.path} should have a coding if and only if codec is {QMOE}", layer.coding)
+            packed = bool(layer.packing) == (self.codec not in (CODEC, QMOE))
+            _check(packed, f"{layer.path} should have a packing unless codec is {CODEC} or {QMOE}", layer.packing)
+            _check((layer.coding is not None) == (self.codec == QMOE), f"{layer.path} should have a coding if and only if codec is {QMOE}", layer.coding)
+            coded = layer.coded == (self.codec in CODED)
+            _check(
+                coded, f"{layer.path} should have slot_bytes if and only if codec is one of {CODED}", layer.slot_bytes
+            )
+            for own in layer.packing:
+                fine = {AFFINE: own.mode not in OTHERS, TINY: own.mode == "levels"}.get(
+                    self.codec, own.mode != "levels"
+                )
+                _check(fine, f"packing of {layer.path} should be one of codec {self.codec}", own.mode)
+        kinds = {layer.whole for layer in self.layers}
+        _check(len(kinds) == 1, "layers should all be of experts, or all whole decoder layers", sorted(kinds))
         for key in ("path", "layer"):
             values = [getattr(layer, key) for layer in self.layers]
             _check(len(set(values)) == len(values), f"every layer's {key} should be its own", values)
@@ -216,13 +254,15 @@ def check_version(value: Any, where: str) -> None:
 def _check_matrices(spec: LayerSpec) -> None:
     matrices = spec.matrices
     names = tuple(m[0] for m in matrices if len(m) == 3)
-    _check(len(names) == len(matrices) and names in MATRIX_NAMES, f"matrices should be one of {MATRIX_NAMES}", matrices)
+    fine = len(names) == len(matrices) and (names in MATRIX_NAMES or (spec.coded and _names_are_fine(names)))
+    _check(fine, f"matrices should be one of {MATRIX_NAMES}", matrices)
     for name, rows, columns in matrices:
         _check_int(rows, 1, MAX_DIMENSION, f"rows of {spec.path}.{name}")
         _check_int(columns, 1, MAX_DIMENSION, f"columns of {spec.path}.{name}")
-    first, last = matrices[0], matrices[-1]
-    fits = all(m[1:] == first[1:] for m in matrices[:-1]) and last[2] == first[1]
-    _check(fits, f"the matrices of {spec.path} should fit one another", matrices)
+    if spec.coded:
+        _check_coded(spec)
+        return
+    _check_fit(spec)
     least = UNIT + sum(side_bytes(rows, columns, False, spec.bias) for rows, columns in spec.shapes)
     if spec.packing:
         _check_packing(spec)
@@ -232,6 +272,33 @@ def _check_matrices(spec: LayerSpec) -> None:
         _check(not problem, f"coding of {spec.path}: {problem}", spec.coding)
         least = qmoe.least_bytes(spec.shapes, spec.coding, spec.bias)
     _check(spec.record_bytes >= least, f"record_bytes of {spec.path} should be at least {least}", spec.record_bytes)
+
+
+def _names_are_fine(names: tuple[Any, ...]) -> bool:
+    """Whether they can be the paths of a decoder layer's matrices."""
+    texts = all(type(name) is str and re.fullmatch(r"[\w.]{1,256}", name, re.ASCII) for name in names)
+    return texts and 0 < len(names) <= MAX_MATRICES and len(set(names)) == len(names)
+
+
+def _check_coded(spec: LayerSpec) -> None:
+    """A layer whose records are coded: of whole decoder layers, or of experts that are decoded when they are read."""
+    _check_packing(spec)
+    least = spec.record_bytes
+    if spec.whole:
+        _check(spec.experts == 1 and not spec.bias, f"{spec.path} should be one record without biases", spec.experts)
+    else:
+        _check_fit(spec)
+        least = layout(tuple(spec.shapes), spec.packing)[1]
+    fine = spec.slot_bytes >= least and spec.slot_bytes % UNIT == 0
+    _check(fine, f"slot_bytes of {spec.path} should be a multiple of {UNIT} from {least} on", spec.slot_bytes)
+
+
+def _check_fit(spec: LayerSpec) -> None:
+    """Matrices of experts fit one another."""
+    matrices = spec.matrices
+    first, last = matrices[0], matrices[-1]
+    fits = all(m[1:] == first[1:] for m in matrices[:-1]) and last[2] == first[1]
+    _check(fits, f"the matrices of {spec.path} should fit one another", matrices)
 
 
 def _check_packing(spec: LayerSpec) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tiny_qmoe_mlx import locate, model_file, terminal
-from tiny_qmoe_mlx.codecs import affine, qmoe, trellis
+from tiny_qmoe_mlx import locate, model_file, native_rans, terminal
+from tiny_qmoe_mlx.codecs import affine, packed, qmoe, trellis, tuples
 from tiny_qmoe_mlx.container import (
     CHECKSUM_BYTES,
     CONFIG,
@@ -106,19 +106,26 @@ def _check_experts(
     offset = start + layer.experts * layer.record_bytes
     sums = np.fromfile(path, "<u8", layer.experts * layer.checksums, offset=offset).reshape(layer.experts, -1)
     record = np.empty(layer.record_bytes, np.uint8)
+    try:
+        table = tuples.read_table(directory) if layer.coded and (directory / tuples.FILE).is_file() else None
+    except FormatError as error:
+        yield Problem(tuples.FILE, str(error))
+        return
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         for expert in range(layer.experts):
             complete = file.readinto(record.data) == len(record)
             problem = "could not be read whole"
             if complete:
-                problem = _record_problem(record, layer, expert, sums[expert], spec.length)
+                problem = _record_problem(record, layer, expert, sums[expert], spec.length, table)
             if problem:
                 yield Problem(layer.file, problem, layer.layer, expert)
             advance(len(record))
 
 
-def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.ndarray, length: int) -> str:
+def _record_problem(
+    record: np.ndarray, layer: LayerSpec, expert: int, sums: np.ndarray, length: int, table: np.ndarray | None
+) -> str:
     """What is wrong with one record, or nothing."""
     where = f"{layer.file}, layer {layer.layer}, expert {expert}"
     wrong = np.flatnonzero(record_checksums(record) != sums)
@@ -130,7 +137,9 @@ def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.
             f"({len(wrong)} of {len(sums)} checksums differ); copy or convert the file again."
         )
     try:
-        if layer.packing:
+        if layer.coded:
+            _decode(record, layer, where, table)
+        elif layer.packing:
             affine.parse(record, layer.shapes, layer.packing, where)
         elif layer.coding is not None:
             qmoe.parse(record, layer.shapes, layer.bias, layer.coding, where)
@@ -140,6 +149,11 @@ def _record_problem(record: np.ndarray, layer: LayerSpec, expert: int, sums: np.
         return str(error)
     used = int(record[8:12].view("<u4")[0])
     return f"[{where}] the bytes after the used {used} should be zero and are not." if record[used:].any() else ""
+
+
+def _decode(record: np.ndarray, layer: LayerSpec, where: str, table: np.ndarray | None) -> None:
+    for matrix in packed.expand(record, layer.shapes, layer.packing, where, table, native_rans.decode):
+        packed.check_values(matrix, where)
 
 
 def main(argv: list[str]) -> int:

@@ -135,3 +135,8 @@ int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* bia
     return TQ_OK;
   });
 }
+
+int tq_rans_decode(const uint32_t* frequencies, const uint8_t* ends, const uint8_t* states, int64_t tiles,
+                   const uint8_t* words, int64_t word_count, int64_t count, uint8_t* out) {
+  return guarded([&] { return rans_decode({frequencies, ends, states, tiles, words, word_count, count, out}); });
+}

@@ -17,6 +17,17 @@ void affine_product(AffineJob job);
 
 void encode_tiles(const float* x, int64_t tiles, int rate, int length, uint8_t* codes, float* values);
 
+// Coded bytes in 32 interleaved lanes a tile; see the C interface. Returns TQ_OK or TQ_RECORD.
+struct RansJob {
+  const uint32_t* frequencies;
+  const uint8_t *ends, *states;
+  int64_t tiles;
+  const uint8_t* words;
+  int64_t word_count, count;
+  uint8_t* out;
+};
+int rans_decode(const RansJob& job);
+
 // Which records multiply which tokens; see the C interface.
 struct Gather {
   const uint8_t* pool;

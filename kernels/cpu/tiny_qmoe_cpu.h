@@ -77,6 +77,11 @@ TQ_API int tq_qmoe_dequantize(const tq_qmoe_matrix* m, int64_t row_start, int64_
 // Times tokens (1 to 8): x f32 [tokens][columns], y f32 [tokens][rows].
 TQ_API int tq_qmoe_qmv(const tq_qmoe_matrix* m, const float* x, int tokens, float* y);
 
+// rANS as in codecs/rans.py: frequencies u32 [256], ends u32 [tiles], states u32 [tiles][32], words u16 [word_count] ->
+// out u8 [count]. TQ_RECORD if anything contradicts itself; out is then unfinished.
+TQ_API int tq_rans_decode(const uint32_t* frequencies, const uint8_t* ends, const uint8_t* states, int64_t tiles,
+                          const uint8_t* words, int64_t word_count, int64_t count, uint8_t* out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tiny_qmoe_mlx.codecs import levels
 from tiny_qmoe_mlx.codecs.trellis import FLAG_BIAS, HEADER_BYTES, MAGIC, RECORD_VERSION, UNIT
 from tiny_qmoe_mlx.errors import FormatError
 
@@ -23,7 +24,11 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = {
     "mxfp4": ((4,), (32,), ("uint8",)),
     "mxfp8": ((8,), (32,), ("uint8",)),
     "nvfp4": ((4,), (16,), ("uint8",)),
+    # of codecs tiny-qmoe and lossless (codecs/packed.py): 8-bit levels (codecs/levels.py), and weights not quantized
+    "levels": ((8,), (0, 128), ("float16", "float32")),
+    "plain": ((16, 32), (0,), tuple(FLOATS)),
 }
+OTHERS = ("levels", "plain")
 LARGEST = {"mxfp4": 6, "nvfp4": 6, "mxfp8": 448}  # size of a code's value, before the scale
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # e2m1, without the sign in bit 3
 
@@ -52,11 +57,18 @@ class Packing:
                 return f"{name} of mode {self.mode} should be one of {allowed}, received {str(value)[:40]!r}"
         if self.bias is not None and (type(self.bias) is not str or self.bias not in FLOATS):
             return f"bias should be one of {tuple(FLOATS)} or null, received {str(self.bias)[:40]!r}"
+        if self.mode in OTHERS:
+            return ""
         unit = max(self.group_size, 32)
         return f"columns should be a multiple of {unit}, received {columns}" if columns % unit else ""
 
     def parts(self, rows: int, columns: int) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, type, shape) of a matrix's arrays in the record's order."""
+        if self.mode == "plain":
+            return [("weight", self.scales, (rows, columns))]
+        if self.mode == "levels":
+            grid = levels.grid_shape(rows, columns, self.group_size)
+            return [("weight", "uint8", (rows, columns)), ("scales", self.scales, grid), ("zeros", "uint8", grid)]
         groups = (rows, columns // self.group_size)
         found: list[tuple[str, str, tuple[int, ...]]] = [("weight", "uint32", (rows, columns * self.bits // 32))]
         found.append(("scales", self.scales, groups))
@@ -164,7 +176,7 @@ def parse(data: np.ndarray, shapes: list[tuple[int, int]], packing: tuple[Packin
     matrices = []
     for own, parts in zip(packing, places, strict=True):
         matrices.append(Matrix(own, views(data, parts)))
-        _check_values(matrices[-1], where)
+        check_values(matrices[-1], where)
     return matrices
 
 
@@ -196,7 +208,7 @@ def _check_header(
         )
 
 
-def _check_values(matrix: Matrix, where: str) -> None:
+def check_values(matrix: Matrix, where: str) -> None:
     """Refuse scales and biases that would make a weight Inf or NaN, and 8-bit floats that are NaN."""
     own, arrays = matrix.packing, matrix.arrays
     with np.errstate(all="ignore"):

@@ -109,8 +109,18 @@ def forget(module: nn.Module) -> None:
     module.update(tree_map(lambda array: mx.zeros((1,)), module.parameters()))
 
 
-def write_words(source: Path, config: dict[str, Any], spec: ModelSpec, bits: int, directory: Path) -> None:
+def write_words(
+    source: Path,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    bits: int,
+    directory: Path,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """config.json with the container's words, the file for mlx-lm's tools, the tokenizer's files and the licence.
+
+    Args:
+        bits: that `quantize` was given; quantization: what the config says instead, of weights kept as they were.
 
     Raises:
         FormatError: the source lacks something that a model needs.
@@ -118,6 +128,8 @@ def write_words(source: Path, config: dict[str, Any], spec: ModelSpec, bits: int
     kept = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config", "vision_config")}
     if bits < 16:
         kept["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
+    if quantization:
+        kept["quantization"] = quantization
     write_json(directory / "config.json", {**kept, **model_file.write(directory), "tiny_qmoe": spec.to_dict()})
     for pattern in COPIED:
         for file in source.glob(pattern):

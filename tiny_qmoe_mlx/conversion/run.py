@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from tiny_qmoe_mlx import native
 from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
-from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
+from tiny_qmoe_mlx.conversion import coded, layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.layer import BEFORE_LAYERS, Job, Progress, convert_layer
 from tiny_qmoe_mlx.conversion.planning import plan_layers
 from tiny_qmoe_mlx.conversion.qmoe import settle_finished
@@ -32,7 +32,7 @@ from tiny_qmoe_mlx.hub.upload import Uploader
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
-from tiny_qmoe_mlx.spec import AFFINE, CODEC, QMOE, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODED, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
 
@@ -108,6 +108,8 @@ def _check_together(settings: Settings, stream_shards: bool, finetune: bool) -> 
             "[convert] finetuning needs the original on the disk, trellis records and calibration tokens; leave out "
             "--stream-shards, --codec and --calibration none."
         )
+    if stream_shards and settings.codec in CODED:
+        raise ValueError(f"[convert] codec {settings.codec} needs the original on the disk; leave out --stream-shards.")
     if stream_shards and (settings.layer_rates or settings.calibration in ("self", "auto")):
         raise ValueError(
             "[convert] with stream_shards every shard should be read once; leave out layer_rates (--layer-rates) "
@@ -138,6 +140,12 @@ def _write(
         try:
             located, shards = _open(wanted)
             settings = _decided(settings, located)
+            if settings.codec in CODED:
+                methods = coded.convert(located, settings, directory, wanted.source, progress)
+                made = coded.made(settings)
+                report.write_report(directory, located.directory, {"coding": methods}, made, output.name)
+                write_manifest(directory)
+                return located, None
             job, tokens, config = _job(located, settings, directory, progress, wanted.source)
             job.shards, job.uploader = shards, uploader
             job.send(*sorted(directory.glob("model*.safetensors")))
@@ -225,7 +233,7 @@ def _tokens(
     located: hub.Located, config: dict, settings: Settings, progress: Progress, directory: Path | None = None
 ) -> np.ndarray | None:
     """Calibration tokens; those of a text the model writes itself are kept in the unfinished directory."""
-    source = settings.calibration if settings.codec != AFFINE else "none"
+    source = settings.calibration if settings.codec == CODEC else "none"
     tokenizer = checkpoint.open_tokenizer(located.directory, config)
     sizes = (settings.sequences, settings.sequence_tokens, settings.seed)
 
@@ -239,7 +247,7 @@ def _decided(settings: Settings, located: hub.Located) -> Settings:
     """Calibration "auto" made up: text that the original writes where it fits this machine's memory, else ours."""
     if settings.calibration != "auto":
         return settings
-    fits = settings.codec != AFFINE and can_write(located.directory, settings.sequences, settings.sequence_tokens)
+    fits = settings.codec == CODEC and can_write(located.directory, settings.sequences, settings.sequence_tokens)
     return replace(settings, calibration="self" if fits else "builtin")
 
 

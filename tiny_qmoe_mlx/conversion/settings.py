@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from tiny_qmoe_mlx.codecs import trellis
-from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODECS, QMOE
+from tiny_qmoe_mlx.codecs import levels, packed, trellis
+from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODECS, CODED, QMOE
 
 MIN_BITS, MAX_BITS = 0.5, 4.0
 REST_BITS = (4, 6, 8, 16)
@@ -19,8 +19,10 @@ class Settings:
 
     bits: per expert weight, everything counted. rest_bits: 4, 6, 8 or 16 for what is not an expert. codec: how experts
     are coded. codewords: of codec qmoe. length: L of the trellis. calibration: path of a text or of chats (.jsonl),
-    "builtin", "self", "none", or "auto": self where the original fits the memory, else builtin; sequences x sequence_tokens tokens of it are used. drift: correct the accumulated error of earlier layers.
-    layer_rates: spend more bits on the layers that matter more. seed: of the rotation's signs.
+    "builtin", "self", "none", or "auto": self where the original fits the memory, else builtin;
+    sequences x sequence_tokens tokens of it are used. drift: correct the accumulated error of earlier layers.
+    layer_rates: spend more bits on the layers that matter more. seed: of the rotation's signs. group: columns of a row
+    that share a scale with codec tiny-qmoe, 0 for one of the whole matrix; coder: of its codes, "tuples" or "rans".
     """
 
     bits: float = 2.0
@@ -34,6 +36,8 @@ class Settings:
     drift: bool = True
     layer_rates: bool = False
     seed: int = 0
+    group: int = 128
+    coder: str = packed.CODERS[0]
 
     def check(self) -> None:
         """Refuse what is out of range.
@@ -47,10 +51,19 @@ class Settings:
             raise ValueError(f"[convert] bits of codec affine should be one of {AFFINE_BITS}, received {self.bits}.")
         if self.codec == QMOE:
             self._check_qmoe()
+        if self.codec in CODED and self.bits != Settings.bits:
+            raise ValueError(
+                f"[convert] codec {self.codec} has no bits to choose, received {self.bits}; leave out --bits."
+            )
         if self.codec == CODEC and not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"[convert] bits should lie in {MIN_BITS} to {MAX_BITS}, received {self.bits}.")
         if self.rest_bits not in REST_BITS:
             raise ValueError(f"[convert] rest bits should be 4, 6, 8 or 16, received {self.rest_bits}.")
+        if self.group not in levels.GROUPS or self.coder not in packed.CODERS:
+            raise ValueError(
+                f"[convert] the group should be one of {levels.GROUPS} and the coder one of {packed.CODERS}, received "
+                f"{self.group} and {self.coder}."
+            )
         if self.length not in trellis.LENGTHS:
             raise ValueError(
                 f"[convert] the trellis length should be one of {trellis.LENGTHS}, received {self.length}."

@@ -11,7 +11,7 @@ from typing import Any
 from tiny_qmoe_mlx import budget, footprint
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import BudgetError
-from tiny_qmoe_mlx.spec import bits_per_weight
+from tiny_qmoe_mlx.spec import LOSSLESS, bits_per_weight
 
 BEGIN, END = "<!-- tiny-qmoe-mlx: begin -->", "<!-- tiny-qmoe-mlx: end -->"
 CARD = "README.md"
@@ -113,10 +113,13 @@ def _about(container: Container) -> str:
     original = original_name(spec.source["model"])
     link = f"[{original}](https://huggingface.co/{original})" if "/" in original else f"`{original}`"
     bits = bits_per_weight(spec.layers, spec.alignment)
+    what, whole = f"its {experts:,} routed experts in {len(spec.layers)} layers", spec.layers[0].whole
+    if whole:
+        what = f"the matrices of its {len(spec.layers)} decoder layers"
+    rest = "the rest as it was" if spec.codec == LOSSLESS else f"the rest at {_rest_bits(container)} bits"
     return (
-        f"{link}, its {experts:,} routed experts in {len(spec.layers)} layers compressed to **{bits:.3f} bits per "
-        f"weight** (every byte of their files counted), the rest at {_rest_bits(container)} bits. "
-        f"{budget.show(total)} in all, {budget.show(expert_bytes)} of it experts."
+        f"{link}, {what} compressed to **{bits:.3f} bits per weight** (every byte of their files counted), {rest}. "
+        f"{budget.show(total)} in all, {budget.show(expert_bytes)} of it {'in these' if whole else 'experts'}."
     )
 
 
@@ -138,7 +141,7 @@ def _run_text(name: str) -> str:
 def machine_rows(container: Container) -> list[tuple[int, int, str, float]]:
     """(GiB of a Mac, budget in bytes, "resident" | "streamed" | "does not fit", share of expert bytes in memory)."""
     rows = []
-    experts = sum(layer.experts * layer.record_bytes for layer in container.spec.layers)
+    experts = sum(layer.experts * layer.slot for layer in container.spec.layers)
     context = min(budget.DEFAULT_CONTEXT, footprint.longest_context(container.config))
     for gib in MAC_GIB:
         size = budget.parse_memory("auto", gib << 30)
@@ -232,10 +235,14 @@ def _made(container: Container, made: dict[str, Any]) -> str:
 
 def _limits(container: Container) -> str:
     bits = bits_per_weight(container.spec.layers, container.spec.alignment)
+    what = "Layers" if container.spec.layers[0].whole else "Experts"
+    lossy = (
+        f"- {what} at {bits:.2f} bits are an approximation: expect more errors than the original makes, most of all in "
+        "JSON, tool calls, code and rare languages.\n"
+    )
     return (
         "## Limits\n\n"
-        f"- Experts at {bits:.2f} bits are an approximation: expect more errors than the original makes, most of all "
-        "in JSON, tool calls, code and rare languages.\n"
+        f"{'' if container.spec.codec == LOSSLESS else lossy}"
         "- What the original must not be used for, this must not be used for either; its licence holds.\n"
         "- Needs tiny-qmoe-mlx: mlx-lm alone cannot read the expert files."
     )

@@ -145,7 +145,7 @@ def _draw(directory: Path, quality: dict[str, Any]) -> list[str]:
     if not plots.available():
         return [plots.MISSING]
     container = _unfinished(directory)
-    if container.spec.codec == CODEC:  # of the others no rate was chosen
+    if container.spec.codec == CODEC:  # others have one rate for all of a matrix
         plots.draw_rates(plots.layer_rates(container), container.spec.bits, directory / RATES)
     plots.draw_layers(quality.get("layers") or [], directory / LAYERS)
     return []

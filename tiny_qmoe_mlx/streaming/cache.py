@@ -41,7 +41,7 @@ class ExpertCache:
         layers = store.container.spec.layers
         self.store = store
         self.pools = {size: Pool(size, count) for size, count in slots.items()}
-        self.pool_of_layer = [self.pools[layer.record_bytes] for layer in layers]
+        self.pool_of_layer = [self.pools[layer.slot] for layer in layers]
         self.hits = self.misses = self.stalls = self.lookahead_reads = self.lookahead_used = 0
         self.io_wait_s = 0.0
         self.use = [np.zeros(layer.experts, np.int64) for layer in layers]
@@ -83,7 +83,7 @@ class ExpertCache:
         """Read every expert of those sizes that have a slot for each of theirs; they stay."""
         layers = self.store.container.spec.layers
         for size, pool in self.pools.items():
-            mine = [i for i, layer in enumerate(layers) if layer.record_bytes == size]
+            mine = [i for i, layer in enumerate(layers) if layer.slot == size]
             if pool.slots < sum(layers[i].experts for i in mine):
                 continue
             for i in mine:

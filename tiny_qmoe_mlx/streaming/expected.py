@@ -78,7 +78,7 @@ def from_profile(use: Sequence[np.ndarray], container: Container, slots: Mapping
     """
     hits = total = 0.0
     for size, count in slots.items():
-        layers = [i for i, layer in enumerate(container.spec.layers) if layer.record_bytes == size]
+        layers = [i for i, layer in enumerate(container.spec.layers) if layer.slot == size]
         rates = np.concatenate([np.asarray(use[i], float) for i in layers])
         hits, total = hits + _che(rates, count), total + rates.sum()
     return hits / total if total else 0.0

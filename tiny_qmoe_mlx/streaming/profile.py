@@ -84,7 +84,7 @@ def warmest(
     """
     chosen: list[tuple[int, int]] = []
     for size, count in slots.items():
-        layers = [i for i, layer in enumerate(container.spec.layers) if layer.record_bytes == size]
+        layers = [i for i, layer in enumerate(container.spec.layers) if layer.slot == size]
         ranked = [(-int(n), layer, e) for layer in layers for e, n in enumerate(use[layer]) if n > 0 or unused]
         chosen += [(layer, expert) for _, layer, expert in sorted(ranked)[:count]]
     return sorted(chosen)

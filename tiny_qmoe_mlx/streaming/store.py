@@ -12,9 +12,10 @@ import time
 import numpy as np
 import xxhash
 
+from tiny_qmoe_mlx.codecs import affine, tuples
 from tiny_qmoe_mlx.container import CHECKSUM_BYTES, Container
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.expert_kind import ExpertKind, check_record
+from tiny_qmoe_mlx.expert_kind import ExpertKind, check_record, expand
 
 CHECKS = ("first", "always", "never")
 SECTOR = 4096  # what O_DIRECT asks of offsets, sizes and addresses
@@ -28,6 +29,7 @@ class ExpertStore:
     Past the page cache where the system lets us: memory that it would take is memory that the budget does not know.
 
     Attributes:
+        table: of 4-tuples, of codec tiny-qmoe; else None.
         records_read, bytes_read: since opening.
         retries: reads that failed and were tried again.
     """
@@ -44,6 +46,7 @@ class ExpertStore:
         self.container = container
         self.kinds = kinds
         self.checks = checks
+        self.table = tuples.read_table(container.directory) if tuples.FILE in container.files else None
         self.records_read = 0
         self.bytes_read = 0
         self.retries = 0
@@ -72,17 +75,19 @@ class ExpertStore:
         return all(file is not None for file in self._direct)
 
     def read(self, layer: int, experts: list[int], into: list[np.ndarray]) -> None:
-        """Fill `into`, u8 (record_bytes,) each, with the records of adjacent experts of the layer-th MoE layer.
+        """Fill `into`, u8 (slot,) each, with the records of adjacent experts of the layer-th MoE layer.
 
-        A read that fails is tried again twice.
+        A read that fails is tried again twice. Coded records of experts are decoded into affine ones.
 
         Raises:
             FormatError: the file ends early or has changed, a checksum or the record itself is wrong.
             OSError: the disk could not be read; names file, layer and expert.
         """
+        spec = self.container.spec.layers[layer]
+        records = [np.empty(spec.record_bytes, np.uint8) if spec.expands else p[: spec.record_bytes] for p in into]
         for pause in (*PAUSES, None):
             try:
-                self._fill(layer, experts[0], into)
+                self._fill(layer, experts[0], records)
                 break
             except OSError as error:
                 if pause is None:
@@ -92,11 +97,20 @@ class ExpertStore:
                 time.sleep(pause)
         with self._lock:
             self.records_read += len(experts)
-            self.bytes_read += sum(part.nbytes for part in into)
-        for expert, record in zip(experts, into, strict=True):
+            self.bytes_read += sum(part.nbytes for part in records)
+        for expert, record in zip(experts, records, strict=True):
             if self.checks == "always" or (self.checks == "first" and (layer, expert) not in self._checked):
                 self._check(layer, expert, record)
         self._check_unchanged(layer)
+        if spec.expands:
+            for expert, record, part in zip(experts, records, into, strict=True):
+                self._expand(layer, expert, record, part)
+
+    def _expand(self, layer: int, expert: int, record: np.ndarray, into: np.ndarray) -> None:
+        """A coded record as one of codec affine, in its slot."""
+        kind, where = self.kinds[layer], f"{self.container.expert_file(layer).name}, expert {expert}"
+        arrays = [matrix.arrays for matrix in expand(record, kind, where, self.table)]
+        into[:] = affine.pack(arrays, kind.shapes, kind.packing, len(into))
 
     def _unreadable(self, layer: int, experts: list[int], error: OSError) -> OSError:
         path = self.container.spec.layers[layer].path
@@ -140,7 +154,7 @@ class ExpertStore:
                     f"[{where}] the record's checksum does not match its bytes: the file is damaged; "
                     "copy it again, or convert the model again."
                 )
-        check_record(record, self.kinds[layer], where)
+        check_record(record, self.kinds[layer], where, self.table)
         with self._lock:
             self._checked.add((layer, expert))
 

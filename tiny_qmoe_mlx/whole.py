@@ -1,0 +1,115 @@
+"""Dense models whose decoder layers are coded records: a layer is expanded when it is called, and dropped after it.
+
+As Tiny-QMoE (arXiv 2509.22951) runs its models: one layer at a time is in memory as it is computed with. The coded
+records lie in the pool that experts lie in, all of them or as many as the budget allows.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from tiny_qmoe_mlx.codecs import packed
+from tiny_qmoe_mlx.codecs.affine import Matrix, Packing
+from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_kind import ExpertKind, expand
+from tiny_qmoe_mlx.layers import Memory
+from tiny_qmoe_mlx.spec import LayerSpec
+
+ALWAYS = np.zeros((1, 1), np.int64)  # the one record of a layer, chosen
+
+
+class Whole:
+    """Mixed into a decoder layer, whose matrices have no arrays between its calls."""
+
+    def prepare(self, index: int, kind: ExpertKind, modules: list[nn.Module]) -> None:
+        """Say which layer of the container this is, and which modules its matrices belong to."""
+        self._index, self._kind = index, kind
+        self._parts = lambda: modules  # a list would be taken for the layer's own children
+
+    def attach(self, memory: Memory) -> None:
+        """Connect the layer with the memory that its record lies in."""
+        self._memory = memory
+
+    def __call__(self, x: mx.array, *more: Any, **options: Any) -> Any:
+        with self._memory.lock:  # one layer is expanded at a time, whoever generates
+            self._fill(x.dtype)
+            try:
+                y = super().__call__(x, *more, **options)  # type: ignore[misc]
+                mx.eval(y)
+            finally:
+                for module in self._parts():
+                    empty(module)
+        return y
+
+    def _fill(self, dtype: mx.Dtype) -> None:
+        memory, pool = self._memory, self._memory.cache.pool_of_layer[self._index]
+        spec = memory.cache.store.container.spec.layers[self._index]
+        with memory.demand(self._index, ALWAYS, False) as demand:
+            for _, offsets in demand:
+                data = pool.data[offsets[0] : offsets[0] + spec.record_bytes]
+                found = expand(data, self._kind, spec.file, memory.cache.store.table)
+                for module, matrix in zip(self._parts(), found, strict=True):
+                    fill(module, matrix, dtype)
+        memory.dispatch.counts["layers expanded"] += 1
+        if not pool.resident and self._index + 1 < len(memory.cache.pool_of_layer):
+            memory.cache.expect(self._index + 1, [0])
+
+
+def fill(module: nn.Module, matrix: Matrix, dtype: mx.Dtype) -> None:
+    """Give a matrix's module its arrays: what it computes in float32 is float32, levels have the type of its input."""
+    own = matrix.packing
+    if own.mode == "levels":
+        module.weight = mx.array(packed.values(matrix)).astype(dtype)
+        return
+    types = {"weight": own.scales if own.mode == "plain" else "", "scales": own.scales, "biases": own.scales}
+    for name, array in matrix.arrays.items():
+        found = mx.array(array)
+        if types[name] == "bfloat16":
+            found = found.view(mx.bfloat16)
+        floats = dtype == mx.float32 and mx.issubdtype(found.dtype, mx.floating)
+        setattr(module, name, found.astype(mx.float32) if floats else found)
+    mx.eval([module[name] for name in matrix.arrays])  # copied: the record's slot may be read into again
+
+
+def empty(module: nn.Module) -> None:
+    """Take a matrix's arrays out of its module; its bias stays."""
+    for name in ("weight", "scales", "biases"):
+        module.pop(name, None)
+
+
+def swap(model: nn.Module, index: int, layer: LayerSpec, kind: ExpertKind) -> None:
+    """Make a decoder layer one that is expanded from its record, in place.
+
+    Raises:
+        FormatError: the config's matrices are not the layer's.
+    """
+    modules = dict(model.named_modules())
+    decoder = modules.get(layer.path)
+    parts = [
+        _emptied(modules.get(f"{layer.path}.{m[0]}"), m, p) for m, p in zip(layer.matrices, layer.packing, strict=True)
+    ]
+    if decoder is None or any(part is None for part in parts):
+        raise FormatError(
+            f"[config.json] {layer.path} should be a decoder layer with the matrices that tiny_qmoe names, linear "
+            "layers of their shapes, and is not; convert the model again with this version."
+        )
+    decoder.update_modules(tree_unflatten([(m[0], part) for m, part in zip(layer.matrices, parts, strict=True)]))
+    own = type(decoder)
+    decoder.__class__ = type(own.__name__, (Whole, own), {})
+    decoder.prepare(index, kind, parts)
+
+
+def _emptied(linear: Any, matrix: tuple[str, int, int], packing: Packing) -> nn.Module | None:
+    """A linear layer without its arrays, of the kind that its packing computes with; None where it is none."""
+    if type(linear) is not nn.Linear or linear.weight.shape != matrix[1:]:
+        return None
+    bias = linear.get("bias")
+    if packing.mode not in ("levels", "plain"):
+        linear = nn.QuantizedLinear(packing.group_size * 2, 1, False, packing.group_size, packing.bits, packing.mode)
+        if bias is not None:
+            linear.bias = bias
+    empty(linear)
+    return linear
