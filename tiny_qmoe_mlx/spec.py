@@ -124,6 +124,19 @@ class LayerSpec:
         return LayerSpec(**{**found, "matrices": tuple(tuple(m) for m in matrices)})
 
 
+def _check_codec(codec: str, layer: LayerSpec) -> None:
+    """A layer has what its codec asks for, and nothing of another's."""
+    packed = bool(layer.packing) == (codec not in (CODEC, QMOE))
+    _check(packed, f"{layer.path} should have a packing unless codec is {CODEC} or {QMOE}", layer.packing)
+    given = (layer.coding is not None) == (codec == QMOE)
+    _check(given, f"{layer.path} should have a coding if and only if codec is {QMOE}", layer.coding)
+    coded = layer.coded == (codec in CODED)
+    _check(coded, f"{layer.path} should have slot_bytes if and only if codec is one of {CODED}", layer.slot_bytes)
+    for own in layer.packing:
+        fine = {AFFINE: own.mode not in OTHERS, TINY: own.mode == "levels"}.get(codec, own.mode != "levels")
+        _check(fine, f"packing of {layer.path} should be one of codec {codec}", own.mode)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The `tiny_qmoe` object of config.json; `source` and `calibration` are plain dictionaries as in FORMAT.md.
@@ -157,18 +170,7 @@ class ModelSpec:
         for layer in self.layers:
             fits = layer.record_bytes % self.alignment == 0
             _check(fits, f"record_bytes of {layer.path} should be a multiple of {self.alignment}", layer.record_bytes)
-            packed = bool(layer.packing) == (self.codec not in (CODEC, QMOE))
-            _check(packed, f"{layer.path} should have a packing unless codec is {CODEC} or {QMOE}", layer.packing)
-            _check((layer.coding is not None) == (self.codec == QMOE), f"{layer.path} should have a coding if and only if codec is {QMOE}", layer.coding)
-            coded = layer.coded == (self.codec in CODED)
-            _check(
-                coded, f"{layer.path} should have slot_bytes if and only if codec is one of {CODED}", layer.slot_bytes
-            )
-            for own in layer.packing:
-                fine = {AFFINE: own.mode not in OTHERS, TINY: own.mode == "levels"}.get(
-                    self.codec, own.mode != "levels"
-                )
-                _check(fine, f"packing of {layer.path} should be one of codec {self.codec}", own.mode)
+            _check_codec(self.codec, layer)
         kinds = {layer.whole for layer in self.layers}
         _check(len(kinds) == 1, "layers should all be of experts, or all whole decoder layers", sorted(kinds))
         for key in ("path", "layer"):
