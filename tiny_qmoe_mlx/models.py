@@ -29,7 +29,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
 from tiny_qmoe_mlx.model_file import NOT_RUN
-from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.spec import CODEC, ModelSpec
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
@@ -218,6 +218,8 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
         for index, layer in enumerate(spec.layers):
             whole.swap(model, index, layer, expert_kind(layer, spec, nn.Identity()))
         return
+    if not dense.is_mixture(model):
+        dense.as_mixture(model)
     own = {found.path: found for found in checkpoint.expert_layers(model)}
     if sorted(own) != sorted(layer.path for layer in spec.layers):
         raise FormatError(
