@@ -168,6 +168,17 @@ def test_streamed_and_resident_write_the_same(made, name):
         assert stats["mode"] == "streamed" and stats["expert_misses"] > 0
 
 
+@pytest.mark.parametrize("name", ["128 tuples", "llama mxfp4"])
+def test_mlx_lms_own_loader_gives_the_same(made, name):
+    """As mlx_lm.generate opens the directory with --trust-remote-code."""
+    _, directory = made(name)
+    with models.load(directory, context=512)[0] as model:
+        want = logits(model)
+    model, _ = load_model(directory, trust_remote_code=True)
+    np.testing.assert_array_equal(logits(model), want)
+    model.close()
+
+
 def test_one_layer_is_expanded_at_a_time(made, monkeypatch):
     from tiny_qmoe_mlx import whole
 

@@ -59,6 +59,16 @@ def test_the_table_counts_every_position(rng):
     assert tuples.make_table(sequences).tolist() == [list(key) for key in counted(sequences)]
 
 
+def test_the_table_is_the_same_whatever_is_sorted_at_once(rng, monkeypatch):
+    """Also where more than 65534 tuples occur, most of them once: equals go by their bytes."""
+    sequences = [rng.integers(0, 40, n).astype(np.uint8) for n in (60_000, 50_000, 9)]
+    want = counted(sequences)
+    assert len(want) == 65534
+    for batch in (1, 70_000, 1 << 27):
+        monkeypatch.setattr(tuples, "BATCH", batch)
+        assert tuples.make_table(sequences).tolist() == [list(key) for key in want]
+
+
 def test_the_table_has_65534_entries_and_no_codeword_is_the_escape(rng):
     symbols = rng.integers(0, 256, 200_000).astype(np.uint8)
     table = tuples.make_table([symbols])

@@ -96,6 +96,8 @@ MORE: dict[str, dict] = {  # families that some tests read checkpoints of, and t
             "original_max_position_embeddings": 256,
         },
     },
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "qwen2": {"tie_word_embeddings": True},  # its q, k and v have biases
 }
 TOP_K = {"ernie4_5_moe": "moe_k"}

@@ -58,8 +58,8 @@ def top_k(config: dict) -> int:
 
 
 def picks(container: Container) -> int:
-    """Most records of a layer that one token asks for: 1 where a record is a whole decoder layer."""
-    return 1 if container.spec.layers[0].whole else top_k(container.config)
+    """Most records of a layer that one token asks for: 1 of a dense model."""
+    return min(max(layer.experts for layer in container.spec.layers), top_k(container.config))
 
 
 def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:

@@ -29,8 +29,8 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
 from tiny_qmoe_mlx.model_file import NOT_RUN
-from tiny_qmoe_mlx.original import checkpoint
-from tiny_qmoe_mlx.spec import AFFINE, ModelSpec
+from tiny_qmoe_mlx.original import checkpoint, dense
+from tiny_qmoe_mlx.spec import CODEC, QMOE, ModelSpec
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
 from tiny_qmoe_mlx.streaming.cache import READERS, ExpertCache
@@ -218,6 +218,8 @@ def swap_experts(model: nn.Module, spec: ModelSpec) -> None:
         for index, layer in enumerate(spec.layers):
             whole.swap(model, index, layer, expert_kind(layer, spec, nn.Identity()))
         return
+    if not dense.is_mixture(model):
+        dense.as_mixture(model)
     own = {found.path: found for found in checkpoint.expert_layers(model)}
     if sorted(own) != sorted(layer.path for layer in spec.layers):
         raise FormatError(
@@ -282,7 +284,7 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
-    if ops.on_gpu() and container.spec.codec != AFFINE:  # MLX's own kernels compute that one
+    if ops.on_gpu() and container.spec.codec in (CODEC, QMOE):  # MLX's own kernels compute the others
         for coding in {layer.coding for layer in container.spec.layers}:
             check_gpu(container.spec.length, coding)
     return container, budget

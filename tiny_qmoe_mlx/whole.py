@@ -35,8 +35,8 @@ class Whole:
 
     def __call__(self, x: mx.array, *more: Any, **options: Any) -> Any:
         with self._memory.lock:  # one layer is expanded at a time, whoever generates
-            self._fill(x.dtype)
             try:
+                self._fill(x.dtype)
                 y = super().__call__(x, *more, **options)  # type: ignore[misc]
                 mx.eval(y)
             finally:

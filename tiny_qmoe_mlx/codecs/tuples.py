@@ -18,6 +18,7 @@ FILE, TENSOR = "model-tuples.safetensors", "tiny_qmoe.tuples"  # a converted mod
 WIDTH = 4
 ESCAPE = 0xFFFF
 ENTRIES = ESCAPE - 1  # codewords 1 to 65,534: rank + 1, as published; 0 stands for nothing
+BATCH = 1 << 27  # tuples that are sorted at once
 MOST_COUNTED = 1 << 27  # distinct tuples: beyond, those seen once so far are forgotten
 
 
@@ -34,16 +35,28 @@ def make_table(sequences: Iterable[np.ndarray]) -> np.ndarray:
     Exact up to 2^27 distinct tuples.
     """
     known, counts = np.zeros(0, np.uint32), np.zeros(0, np.int64)
+    waiting: list[np.ndarray] = []
     for symbols in sequences:
-        known, counts = _merged(known, counts, *np.unique(keys(symbols), return_counts=True))
-        if len(known) > MOST_COUNTED:
-            known, counts = known[counts > 1], counts[counts > 1]
-    best = np.lexsort((known, -counts))[:ENTRIES]
-    return known[best].astype(">u4").view(np.uint8).reshape(-1, WIDTH)
+        waiting.append(keys(symbols))
+        if sum(map(len, waiting)) >= BATCH:
+            known, counts = _merged(known, counts, *np.unique(np.concatenate(waiting), return_counts=True))
+            waiting.clear()
+            if len(known) > MOST_COUNTED:
+                known, counts = known[counts > 1], counts[counts > 1]
+    if waiting:
+        known, counts = _merged(known, counts, *np.unique(np.concatenate(waiting), return_counts=True))
+    if len(known) > ENTRIES:  # without sorting a hundred million
+        least = np.partition(counts, -ENTRIES)[-ENTRIES]
+        more = np.flatnonzero(counts > least)
+        chosen = np.concatenate([more, np.flatnonzero(counts == least)[: ENTRIES - len(more)]])
+        known, counts = known[chosen], counts[chosen]
+    return known[np.lexsort((known, -counts))].astype(">u4").view(np.uint8).reshape(-1, WIDTH)
 
 
 def _merged(known: np.ndarray, counts: np.ndarray, more: np.ndarray, times: np.ndarray) -> tuple:
     """Two ascending lists of keys with their counts as one."""
+    if not len(known):
+        return more, times
     both = np.concatenate([known, more])
     order = np.argsort(both, kind="stable")
     both, added = both[order], np.concatenate([counts, times])[order]

@@ -29,7 +29,7 @@ from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.hub.shards import SourceShards
 from tiny_qmoe_mlx.hub.upload import Uploader
-from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
 from tiny_qmoe_mlx.spec import CODEC, CODED, QMOE, ModelSpec
@@ -213,8 +213,10 @@ def _job(
         (job, tokens int32 (sequences, length) or None, the original's config).
     """
     model, config = checkpoint.load_lazy(located.directory)
-    layers = checkpoint.expert_layers(model)
     dequantize_rest(model)
+    if not dense.is_mixture(model):
+        dense.as_mixture(model)
+    layers = checkpoint.expert_layers(model)
     tokens = _tokens(located, config, settings, progress, directory)
     spec = _plan(layers, settings, name, located, tokens, directory, progress)
     kept = rest.routers(model, layers)

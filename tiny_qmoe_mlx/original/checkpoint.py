@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
-from tiny_qmoe_mlx.original import shipped
+from tiny_qmoe_mlx.original import dense, shipped
 from tiny_qmoe_mlx.original.source import Source
 from tiny_qmoe_mlx.spec import LayerSpec, expert_file_name
 
@@ -185,11 +185,11 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     for path, module in named_modules(model):
         if isinstance(module, tuple(MATRIX_NAMES)):
             index = re.search(r"\.(\d+)\.", path)
-            found.append(ExpertLayer(path, int(index.group(1)) if index else len(found), module, source))
+            files = None if isinstance(module, dense.Only) else source
+            found.append(ExpertLayer(path, int(index.group(1)) if index else len(found), module, files))
     if not found:
         raise FormatError(
-            "[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found; "
-            "a dense model cannot be converted with this codec yet."
+            "[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found."
         )
     return sorted(found, key=lambda e: e.layer)
 

@@ -114,6 +114,8 @@ def _about(container: Container) -> str:
     link = f"[{original}](https://huggingface.co/{original})" if "/" in original else f"`{original}`"
     bits = bits_per_weight(spec.layers, spec.alignment)
     what, whole = f"its {experts:,} routed experts in {len(spec.layers)} layers", spec.layers[0].whole
+    if experts == len(spec.layers):
+        what = f"its {experts} feed-forward layers"
     if whole:
         what = f"the matrices of its {len(spec.layers)} decoder layers"
     rest = "the rest as it was" if spec.codec == LOSSLESS else f"the rest at {_rest_bits(container)} bits"
