@@ -1,4 +1,4 @@
-"""Records whose arrays are coded without loss (docs/FORMAT.md, section 7): codecs `tiny-qmoe` and `lossless`.
+"""Records whose arrays are coded without loss (docs/FORMAT.md, section 8): codecs `tiny-qmoe` and `lossless`.
 
 A record holds the arrays of some matrices as `affine.Packing` describes them: codes of MLX's quantization, 8-bit
 levels, or weights that are not quantized. Each array is cut into planes of bytes, each plane coded by itself: by rANS
