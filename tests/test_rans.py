@@ -26,7 +26,7 @@ def decoded(payload, count):
 
 
 def integers_only(payload: bytes, count: int) -> list[int]:
-    """Section 7.1 of docs/FORMAT.md in plain integers, a symbol at a time; no use of the package."""
+    """Section 8.1 of docs/FORMAT.md in plain integers, a symbol at a time; no use of the package."""
     first, last, at, frequency = payload[0], payload[1], 2, [0] * 256
     for symbol in range(first, last + 1):
         frequency[symbol], at = payload[at], at + 1
