@@ -65,7 +65,8 @@ def qmoe_records(found: checkpoint.ExpertLayer, kind: ExpertKind, tokens: LayerT
     """
     most = 0
     if tokens is not None:
-        most = most_tokens(*tokens.chosen.shape, checkpoint.expert_count(found))
+        count, picks = tokens.chosen.shape
+        most = most_tokens(count, picks, checkpoint.expert_count(found))
     for group in groups(found):
         for first in range(group.start, group.stop, AT_ONCE):
             part = range(first, min(first + AT_ONCE, group.stop))
@@ -103,7 +104,9 @@ def _coded(experts: list[_Expert], kind: ExpertKind) -> Iterator[np.ndarray]:
         grid = grid_of(w, coding.grid)
         rounded.append((gptq(w, inner if m == last else outer, grid), grid.bits16()))
     for i, expert in enumerate(experts):
-        biases = expert.biases or [None] * (last + 1)
+        biases: list[np.ndarray | None] = [None] * (last + 1)
+        if expert.biases:
+            biases = list(expert.biases)
         parts = zip(rounded, biases, strict=True)
         yield qmoe.pack([qmoe.encode(s[i], v[i], coding, b) for (s, v), b in parts], coding)
 
