@@ -54,6 +54,12 @@ def gpt_oss(root):
     return root / "hf"
 
 
+def int4(root):
+    directory = source_layouts.make(root / "hf", "deepseek_v3 each")
+    change = source_layouts.to_int4({})
+    return source_layouts.rewrite(directory, change, quantization_config=source_layouts.PACKED)
+
+
 LEVELS = {f"{group} {coder}": (group, coder) for group in levels.GROUPS for coder in packed.CODERS}
 LOSSLESS = {
     "llama bfloat16": llama,
@@ -63,6 +69,7 @@ LOSSLESS = {
     "llama mxfp4": quantized("llama", "mxfp4", 4, 32),
     "qwen3 mixture, 4 bits": mixture,
     "gpt-oss mxfp4": gpt_oss,
+    "deepseek int4": int4,
 }
 
 

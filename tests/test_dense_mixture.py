@@ -1,5 +1,7 @@
 """Dense models whose feed-forward layers are one expert each: computed as before, coded by the trellis, streamed."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -15,6 +17,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.generate import stream_generate
 from tiny_qmoe_mlx.original import dense
 from tiny_qmoe_mlx.plan import plan
+from tiny_qmoe_mlx.report import write as report
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (1, 12))
 FAMILIES = ("llama", "qwen3", "gemma2")
@@ -76,6 +79,16 @@ def test_calibration_helps_a_dense_model(tmp_path):
             tokens = mx.array(models.open_tokenizer(out).encode("the river stone light walks under old"))[None]
             errors[calibration] = float(mx.square(model(tokens) - stock(tokens)).mean())
     assert want.size and errors[str(text)] < errors["none"]
+
+
+@pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
+def test_a_report_measures_the_layers_of_a_dense_model(tmp_path):
+    extent = report.Extent(tokens=64, window=32, tasks=0, layer_tokens=16)
+    settings = Settings(bits=2.0, rest_bits=16, calibration="none")
+    out = conversion.convert(make(tmp_path, "qwen3"), tmp_path / "out", settings, extent=extent)
+    quality = json.loads((out / "quality.json").read_text())
+    assert [row["layer"] for row in quality["layers"]] == [0, 1, 2] and quality["kl"]["mean"] > 0
+    assert "its 3 feed-forward layers compressed" in (out / "README.md").read_text()
 
 
 def test_other_blocks_are_refused():

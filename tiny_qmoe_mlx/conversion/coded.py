@@ -41,6 +41,7 @@ from tiny_qmoe_mlx.staging import atomic_file
 Progress = Callable[[str, int, int], None]
 Arrays = dict[str, np.ndarray]
 BEFORE_LAYERS = -1
+ONLY = ("group", "coder")  # settings of codec tiny-qmoe alone
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _write(
             _run(job, tokens)
             rest.write_words(located.directory, config, job.spec, settings.rest_bits, directory)
             sizes = len({layer.record_bytes for layer in job.spec.layers})  # 1 where layers could not differ
-            made = {**asdict(settings), "record_sizes": sizes}
+            made = {k: v for k, v in asdict(settings).items() if k not in coded.ONLY} | {"record_sizes": sizes}
             report.write_report(directory, located.directory, {"layers": job.facts}, made, output.name)
             write_manifest(directory)
             if uploader:

@@ -14,6 +14,8 @@ from mlx.utils import tree_unflatten
 from tiny_qmoe_mlx import budget, models
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import writer
+from tiny_qmoe_mlx.original import dense
+from tiny_qmoe_mlx.original.shipped import dequantize_rest
 
 Progress = Callable[[str, int, int], None]
 
@@ -169,13 +171,16 @@ def layer_kl(
     """KL to the original when the experts of one layer alone are the compressed ones.
 
     Args:
-        pair: with the original in memory; it is as it was afterwards.
+        pair: with the original in memory; it computes what it did afterwards.
         window: token ids.
 
     Returns:
         [{"layer": decoder layer, "kl": mean in nats}] of every MoE layer.
     """
     layers = pair.converted.tiny_qmoe.container.spec.layers
+    if not layers[0].whole and not dense.is_mixture(pair.original):
+        dequantize_rest(pair.original)
+        dense.as_mixture(pair.original)
     own = dict(pair.original.named_modules())
     p, found = _log_probabilities(pair.original, window), []
     mx.eval(p)
