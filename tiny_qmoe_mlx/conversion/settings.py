@@ -19,7 +19,8 @@ class Settings:
 
     bits: per expert weight, everything counted. rest_bits: 4, 6, 8 or 16 for what is not an expert. codec: how experts
     are coded. codewords: of codec qmoe. length: L of the trellis. calibration: path of a text or of chats (.jsonl),
-    "builtin", "self", "none", or "auto": self where the original fits the memory, else builtin; sequences x sequence_tokens tokens of it are used. drift: correct the accumulated error of earlier layers.
+    "builtin", "self", "none", or "auto": self where the original fits the memory, else builtin;
+    sequences x sequence_tokens tokens of it are used. drift: correct the accumulated error of earlier layers.
     layer_rates: spend more bits on the layers that matter more. seed: of the rotation's signs.
     """
 
