@@ -23,7 +23,7 @@ struct QmoeView {
   uint codewords, table;
 };
 
-template <int LEVELS, int BITS, bool BIAS>
+template <int LEVELS, int BITS, int BIAS>
 METAL_FUNC QmoeView qmoe_view(const device uchar* record, uint matrix) {
   const device uint* header = (const device uint*)record;
   const uint rows = header[4 + 3 * matrix];
@@ -62,7 +62,7 @@ METAL_FUNC uint qmoe_symbols(Tables tables, uint symbols, uint at, uint count) {
 METAL_FUNC float qmoe_value(const device ushort* values, uint i) { return as_type<float>(uint(values[i]) << 16); }
 
 // y T [picks, rows] = matrix TQ_MATRIX of each pick's expert times its row of x.
-template <int LEVELS, int BITS, bool BIAS, int W, typename T, typename Ids, typename Table, typename X, typename Tables,
+template <int LEVELS, int BITS, int BIAS, int W, typename T, typename Ids, typename Table, typename X, typename Tables,
           typename Params>
 METAL_FUNC void qmoe_gather_qmv(const device uchar* pool, Ids ids, Table table, X x, Tables tables, Params params,
                                 device T* y, uint3 group, uint sg, uint sgs, uint lane) {

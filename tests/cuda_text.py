@@ -13,7 +13,7 @@ from unittest import mock
 
 import mlx.core as mx
 
-from tiny_qmoe_mlx import cuda, metal, metal_encode
+from tiny_qmoe_mlx import cuda, metal, metal_encode, metal_qmoe
 
 TYPES = {
     mx.uint8: "uint8_t",
@@ -77,7 +77,9 @@ def recorded(run: Runner = lambda launch, inputs, outputs: outputs) -> Iterator[
 
         return call
 
-    builders = [f for module in (metal, metal_encode) for n, f in vars(module).items() if n.endswith("_kernel")]
+    builders = [
+        f for module in (metal, metal_encode, metal_qmoe) for n, f in vars(module).items() if n.endswith("_kernel")
+    ]
     for build in builders:
         build.cache_clear()
     try:

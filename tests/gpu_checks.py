@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metal_cases import TOLERANCE, Case, assert_close, float64, make_case, tokens
+from qmoe_records import random_record
 
-from tiny_qmoe_mlx import metal, metal_encode, native
-from tiny_qmoe_mlx.codecs import rotation
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, native
+from tiny_qmoe_mlx.codecs import qmoe, rotation
 
 EXPERTS, TOP_K = 5, 2
 ROTATED = 4e-7  # of max |z|: float32 sums of up to 2048 terms
@@ -65,6 +66,22 @@ def check_prefill(rng, dtype: mx.Dtype, **shape) -> None:
     want = np.stack([case.expert(int(ids[p]), float64(x)[r]) for p, r in zip(place, rows, strict=True)])
     # Weights and hidden values are rounded to the model's type, too.
     assert_close(y, want, (1 if dtype == mx.float32 else 4) * TOLERANCE[dtype])
+
+
+def check_codewords(rng, count: int, dtype: mx.Dtype, coding: qmoe.Coding) -> None:
+    """Products from qmoe records, biases included."""
+    shapes, experts = [(19, 150)], [0, 1, 2]
+    own = [random_record(rng, coding, shapes, True, 0.6, more=0) for _ in experts]
+    size = max(map(len, own))
+    pool, table = np.stack([np.pad(r, (0, size - len(r))) for r in own]), np.array(experts, np.uint32) * (size // 128)
+    x, ids = tokens(rng, count, 150, dtype), rng.integers(0, 3, (count, 2)).astype(np.uint32)
+    records, layer = metal.Records(mx.array(pool), mx.array(table)), metal_qmoe.Shapes(coding, shapes[0], True)
+    y = metal_qmoe.gather_qmv(x, mx.array(ids.reshape(-1)), records, layer, 0, count)
+    want = []
+    for p, e in enumerate(ids.reshape(-1)):
+        (m,) = qmoe.parse(own[e], shapes, True, coding, "here")
+        want.append(qmoe.decode_matrix(m, coding).astype(np.float64) @ float64(x)[p // 2] + m.bias)
+    assert_close(y, np.stack(want), TOLERANCE[dtype])
 
 
 def check_encoder(rng, rate: int, length: int, tiles: int) -> None:

@@ -8,8 +8,17 @@ import cuda_compilers
 import mlx.core as mx
 import pytest
 from cuda_text import recorded
-from gpu_checks import check_dequantize, check_encoder, check_experts, check_prefill, check_qmv, check_rotate
+from gpu_checks import (
+    check_codewords,
+    check_dequantize,
+    check_encoder,
+    check_experts,
+    check_prefill,
+    check_qmv,
+    check_rotate,
+)
 from kernel_launches import DTYPES, LENGTHS, every_call
+from qmoe_records import CODINGS, name_of
 
 from tiny_qmoe_mlx import cuda, metal
 
@@ -23,6 +32,7 @@ FAST = (
     "qmv bfloat16 L 16 tokens 8 ids int32",
     "gate_up swiglu_oai L 16 tokens 1 ids uint32",
     "dequantize bfloat16 L 12 ids int32",
+    "qmoe ternary-dictionary-16 bias True float16 tokens 1 ids uint32",
     "viterbi rate 2 L 12",
     "viterbi rate 7 L 16",
 )
@@ -161,6 +171,13 @@ def test_every_instance_of_qmv_on_the_cpu(rng, on_host, dtype, length, tokens):
 @pytest.mark.parametrize("length", [12, *slow_ones(14, 16)])
 def test_dense_matrices_on_the_cpu(rng, on_host, dtype, length):
     check_dequantize(rng, dtype, d=136, middle=104, length=length)
+
+
+@host
+@pytest.mark.parametrize("tokens", [1, *slow_ones(5)])
+@pytest.mark.parametrize("coding", [CODINGS[0], *slow_ones(*CODINGS[1:3], CODINGS[4])], ids=name_of)
+def test_codewords_on_the_cpu(rng, on_host, coding, tokens):
+    check_codewords(rng, tokens, mx.float16 if tokens == 1 else mx.bfloat16, coding)
 
 
 @host

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_checks import (
+    check_codewords,
     check_dequantize,
     check_encoder,
     check_experts,
@@ -18,6 +19,7 @@ from gpu_checks import (
 )
 from kernel_launches import COLUMNS, DTYPES, LENGTHS
 from metal_cases import TOLERANCE, assert_close, make_case, tokens
+from qmoe_records import CODINGS, name_of
 
 from tiny_qmoe_mlx import cuda, metal
 from tiny_qmoe_mlx.codecs import rotation
@@ -54,6 +56,13 @@ def test_products(rng, count, length, dtype):
 def test_dense_matrices_and_prefill(rng, length, dtype):
     check_dequantize(rng, dtype, d=136, middle=104, length=length)
     check_prefill(rng, dtype, d=136, middle=104, length=length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("coding", CODINGS, ids=name_of)
+def test_codewords(rng, coding, count, dtype):
+    check_codewords(rng, count, dtype, coding)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

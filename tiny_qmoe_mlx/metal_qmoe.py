@@ -72,7 +72,12 @@ def gather_qmv(x: mx.array, ids: mx.array, records: metal.Records, layer: Shapes
     params = (records.base, records.table.size, x.shape[0], shared, columns, rows, matrix, layer.coding.tables)
     return _kernel()(
         inputs=[records.pool, ids, records.table, x, tables(layer.coding), metal.numbers(mx.uint32, *params)],
-        template=[("LEVELS", layer.coding.levels), ("BITS", layer.coding.bits), ("BIAS", layer.bias), ("W", width)],
+        template=[
+            ("LEVELS", layer.coding.levels),
+            ("BITS", layer.coding.bits),
+            ("BIAS", int(layer.bias)),
+            ("W", width),
+        ],
         grid=(-(-rows // ROWS) * ROWS * metal.THREADS, shared, x.shape[0]),
         threadgroup=(ROWS * metal.THREADS, 1, 1),
         output_shapes=[(picks, rows)],

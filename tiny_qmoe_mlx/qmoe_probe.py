@@ -12,6 +12,11 @@ from tiny_qmoe_mlx.codecs import qmoe
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 
 ZEROS = 0.885
+CODINGS = (  # every size of codeword, both grids, both codes
+    qmoe.Coding(qmoe.TERNARY, qmoe.DICTIONARY, 16),
+    qmoe.Coding(qmoe.TERNARY, qmoe.TUNSTALL, 8),
+    qmoe.Coding(qmoe.TWO_BIT, qmoe.TUNSTALL, 12),
+)
 DISTINCT = 3  # experts; coding takes longer than a probe may
 SEED = 0
 
