@@ -223,45 +223,54 @@ def main() -> None:
     model = load()
     if args.quick:
         model.layers, model.embedding = model.layers[:4], model.embedding[:4096]
-    found = {
-        "audit": audit(model),
-        "rates": {name: rates(model, group) for name, group in GROUPS.items()},
-        "shipped": {name: shipped(model, kind, 4 if args.quick else 10) for name, kind in SHIPPED.items()},
-        "million_codes_per_s": speed(model, 3 if args.quick else 9),
-        "machine": machine(),
-    }
+    found: dict[str, Any] = {"audit": show_audit(audit(model))}
+    found["rates"] = show_rates({name: rates(model, group) for name, group in GROUPS.items()})
+    layers = 4 if args.quick else 10
+    found["shipped"] = show_shipped({name: shipped(model, kind, layers) for name, kind in SHIPPED.items()})
+    found["million_codes_per_s"] = speed(model, 3 if args.quick else 9)
+    print(f"\nrANS, million codes a second: {found['million_codes_per_s']}", flush=True)
     if args.generate:
-        found["generate"] = generation(8 if args.quick else 32)
-    show(found)
+        found["generate"] = show_generation(generation(8 if args.quick else 32))
     if args.quality:
         found["rows"] = quality(load(), args.quick)
     if args.json:
-        print_json(found)
+        print_json({**found, "machine": machine()})
 
 
-def show(found: dict[str, Any]) -> None:
-    """Tables for people."""
-    *sizes, embedding = found["audit"]
+# ---- tables for people; each is printed as soon as it is there
+
+
+def show_audit(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    *sizes, embedding = found
     print("Files of the published code, from the configs alone (embedding and norms cut to uint8, no linear layer):")
-    print_table(
-        ["model", "bytes", "MiB", "published"], [[r["model"], r["bytes"], r["mib"], r["published_mib"]] for r in sizes]
-    )
-    print(
-        f"SmolLM2-135M's embedding so cut: {embedding['zeros']:.4%} zeros, {embedding['bytes_of_4']:.4f} bytes for 4\n"
-    )
-    print("8-bit codes of SmolLM2-135M, bits a weight:")
+    rows = [[r["model"], r["bytes"], r["mib"], r["published_mib"]] for r in sizes]
+    print_table(["model", "bytes", "MiB", "published"], rows)
+    zeros, four = embedding["zeros"], embedding["bytes_of_4"]
+    print(f"SmolLM2-135M's embedding so cut: {zeros:.4%} zeros, {four:.4f} bytes for 4 weights", flush=True)
+    return found
+
+
+def show_rates(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    print("\n8-bit codes of SmolLM2-135M, bits a weight:")
     header = ["a scale for", "entropy", "tuples hit", "tuples", "or raw", "rANS", "rANS over entropy", "scales"]
     keys = ("entropy", "hits", "tuples", "tuples_or_raw", "rans", "rans_over_entropy", "scales")
-    shown = {"hits": "{:.2%}", "rans_over_entropy": "{:.2%}"}
-    print_table(header, [[n, *(shown.get(k, "{:.3f}").format(r[k]) for k in keys)] for n, r in found["rates"].items()])
+    form = {"hits": "{:.2%}", "rans_over_entropy": "{:.2%}"}
+    print_table(header, [[n, *(form.get(k, "{:.3f}").format(r[k]) for k in keys)] for n, r in found.items()])
+    return found
+
+
+def show_shipped(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     print("\nlossless, all arrays of decoder layers, bits a weight:")
-    rows = [[n, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['saved']:.1%}"] for n, r in found["shipped"].items()]
+    rows = [[n, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['saved']:.1%}"] for n, r in found.items()]
     print_table(["shipped as", "before", "after", "saved"], rows)
-    if "generate" in found:
-        print()
-        rows = [[n, r["bits"], r["mb"], r["tokens_per_s"]] for n, r in found["generate"].items()]
-        print_table(["SmolLM2-135M, decoder layers", "bits", "MB", "tokens/s"], rows)
-    print(f"\nrANS, million codes a second: {found['million_codes_per_s']}")
+    return found
+
+
+def show_generation(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    print()
+    rows = [[n, r["bits"], r["mb"], r["tokens_per_s"]] for n, r in found.items()]
+    print_table(["SmolLM2-135M, decoder layers", "bits", "MB", "tokens/s"], rows)
+    return found
 
 
 if __name__ == "__main__":
