@@ -21,7 +21,7 @@ CHECKSUM_BYTES, CHECKSUM_SPAN = 8, 65536
 MAX_RATE = len(BITS) - 1
 CODE_DB_PER_BIT = 5.5  # what a bit buys with the code of this project, DB_PER_BIT with an ideal one
 LAYER_SIZES = 4  # different record sizes in a model
-KEEP = 0.993  # of the asked bits a coarser alignment must still spend: at 2 bits the rest is worth .07 dB, direct reads more
+KEEP = 0.993  # of the asked bits a coarser alignment must still spend: at 2 bits the rest is worth .07 dB
 
 
 def distortion(length: int) -> np.ndarray:
