@@ -24,7 +24,7 @@ from tiny_qmoe_mlx.codecs import trellis
 
 pytest_plugins = ["command_fixtures"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
-COMMANDS = ("convert", "evaluate", "generate", "plan", "verify")
+COMMANDS = ("chat", "convert", "evaluate", "generate", "plan", "verify")
 # of DESIGN.md, section 8
 STATS = (
     "prompt_tokens prompt_tps ttft_s generation_tokens generation_tps tokens text budget_bytes resident_bytes "

@@ -177,6 +177,25 @@ def test_quantized_prompt_cache_brings_its_bits(here, model, plain, tmp_path):
     assert "--kv-bits and --kv-group-size should be 4 and 32" in refusal(here(*line))
 
 
+def test_it_ends_with_one_line(here, model):
+    least = plan(model, probe=False)["min_budget_bytes"]
+    for line, experts in (
+        (
+            ("--max-tokens", 20, "--memory", least),
+            r"experts streamed, \d+\.\d % hits and 0\.0\d{3} GB a token in decode",
+        ),
+        (("--max-tokens", 1), "experts resident, no decode step"),
+    ):
+        done = here("generate", "--model", model, "--prompt", "x", *line)
+        assert done.status == 0 and done.out.endswith("\n")
+        assert re.fullmatch(
+            r"\d+ prompt tokens at [\d.]+/s, first after [\d.]+ s; \d+ tokens at [\d.]+/s; "
+            + experts
+            + r"; peak memory \d+ MB of \d+ MB\n",
+            done.err,
+        ), done.err
+
+
 # ---- a draft model
 
 

@@ -94,6 +94,16 @@ def test_no_bar_when_asked_to_be_quiet(monkeypatch, capsys):
     assert out == "" and "reading: 100%" in err
 
 
+def test_a_bar_tells_the_time_left_from_what_came_since_it_began(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with terminal.Bars() as bars:
+        bars("converting", 90, 100)  # as a conversion that goes on does
+        left = bars._bar.format_meter(95, 100, 10, initial=bars._bar.initial)
+        bars("fetching", 500_000_000, 2_000_000_000)
+    assert "00:10<00:10" in left and "0.50" not in left  # 5 in 10 seconds, and 5 to go
+    assert "fetching:  25%" in (err := capsys.readouterr().err) and "500M/2.00G" in err
+
+
 def run_script(body: str, **options) -> subprocess.Popen:
     code = (
         f"import sys, time\nfrom tiny_qmoe_mlx import terminal\ndef main(argv):\n{body}\nsys.exit(terminal.run(main))"

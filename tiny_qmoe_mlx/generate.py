@@ -1,7 +1,8 @@
 """`python -m tiny_qmoe_mlx.generate`: write text with a converted model under one memory budget."""
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,24 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PREFILL_BATCH = 8  # prompts that batch_generate reads at once
+COUNTERS = (  # of `model.tiny_qmoe.stats()`, that only grow
+    "expert_hits",
+    "expert_misses",
+    "records_read",
+    "bytes_read",
+    "read_retries",
+    "direct_reads",
+    "io_wait_s",
+    "disk_busy_s",
+    "stalls",
+    "lookahead_reads",
+    "lookahead_used",
+)
 
 
 def stream_generate(
     model: "nn.Module", tokenizer: "TokenizerWrapper", prompt: str | Sequence[int], **options: Any
-) -> "Iterator[GenerationResponse]":
+) -> "Generator[GenerationResponse, None, None]":
     """mlx_lm.stream_generate with a prefill chunk that the memory budget counted on.
 
     Args:
@@ -112,22 +126,25 @@ def main(argv: list[str]) -> int:
     try:
         setup.check_caches(model, cache, args)
         with blas.shared_machine():
-            stats = _write(model, tokenizer, prompt, _options(tokenizer, draft, cache, args), args.json)
+            responses = stream_generate(model, tokenizer, prompt, **decoding(tokenizer, draft, cache, args))
+            stats = _watch(model, responses, args.json)
     finally:
         model.close()  # which writes the profile, also after Ctrl-C
     stats["budget_bytes"] += beside
+    if draft is None:
+        del stats["draft_tokens"]
     if args.stats:
         write_json(Path(args.stats), stats)
     if args.json:
         terminal.print_json(stats)
     else:
-        print(_line(stats), file=sys.stderr)
+        print(summary(stats), file=sys.stderr)
         if any("numpy" in path for path in stats["dispatch"]):
             print("experts were computed by numpy, slowly: the C++ library was not built here", file=sys.stderr)
     return 0
 
 
-def _options(tokenizer: Any, draft: Any, cache: Any, args: "argparse.Namespace") -> dict[str, Any]:
+def decoding(tokenizer: Any, draft: Any, cache: Any, args: "argparse.Namespace") -> dict[str, Any]:
     """What the command line says, as mlx_lm.stream_generate takes it; seeds the sampling."""
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -156,31 +173,53 @@ def _options(tokenizer: Any, draft: Any, cache: Any, args: "argparse.Namespace")
     }
 
 
-def _write(model: Any, tokenizer: Any, prompt: list[int], options: dict[str, Any], quiet: bool) -> dict[str, Any]:
-    """Generate, streaming to stdout unless quiet; the run's figures."""
-    import time
+def _watch(model: Any, responses: "Iterable[GenerationResponse]", quiet: bool) -> dict[str, Any]:
+    """Print the text as it comes, unless quiet, and end its line whatever happens; the run's figures."""
+    if quiet:
+        return measure(model, responses)
+    try:
+        return measure(model, responses, write)
+    finally:
+        print()
 
+
+def write(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(text, end="", flush=True)
+
+
+def measure(
+    model: Any,
+    responses: "Iterable[GenerationResponse]",
+    say: Callable[[str], None] | None = None,
+    since: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Take responses while they come, and give the run's figures.
+
+    Args:
+        model: from `load`.
+        responses: of `stream_generate`.
+        say: called with each piece of text as it comes.
+        since: counters of `model.tiny_qmoe.stats()` that are not to be counted; those since loading are by default.
+
+    Returns:
+        The figures that `generate --json` prints; none where nothing came.
+    """
     start, first, pieces, tokens, drafted, response = time.perf_counter(), 0.0, [], [], 0, None
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    prefill: dict[str, Any] = {}
+    for response in responses:
         if not first:
             first, prefill = time.perf_counter() - start, model.tiny_qmoe.stats()
         pieces.append(response.text)
         tokens.append(response.token)
         drafted += response.from_draft
-        if not quiet:
-            print(response.text, end="", flush=True)
-    if not quiet:
-        print()
-    stats = _stats(model, response, first, prefill, tokens, "".join(pieces))
-    return {**stats, "draft_tokens": drafted} if "draft_model" in options else stats
-
-
-def _stats(
-    model: Any, response: Any, first: float, prefill: dict[str, Any], tokens: list[int], text: str
-) -> dict[str, Any]:
-    """The run's figures; prefill: the counters when the first token was there."""
+        if say is not None:
+            say(response.text)
+    if response is None:
+        return {}
     own = model.tiny_qmoe.stats()
-    hits, misses, read = (own[key] - prefill[key] for key in ("expert_hits", "expert_misses", "bytes_read"))
+    decode = {key: own[key] - prefill[key] for key in ("expert_hits", "expert_misses", "bytes_read")}
+    own |= {key: own[key] - since[key] for key in COUNTERS} if since else {}
     return {
         "prompt_tokens": response.prompt_tokens,
         "prompt_tps": response.prompt_tps,
@@ -189,21 +228,24 @@ def _stats(
         "generation_tps": response.generation_tps,
         "finish_reason": response.finish_reason,
         "tokens": tokens,
-        "text": text,
+        "text": "".join(pieces),
         **own,
         "bytes_per_token": own["bytes_read"] / max(1, response.generation_tokens),
-        "decode_hit_rate": hits / max(1, hits + misses),
-        "decode_bytes_per_token": read / max(1, response.generation_tokens - 1),
+        "decode_hit_rate": decode["expert_hits"] / max(1, decode["expert_hits"] + decode["expert_misses"]),
+        "decode_bytes_per_token": decode["bytes_read"] / max(1, response.generation_tokens - 1),
+        "draft_tokens": drafted,
     }
 
 
-def _line(stats: dict[str, Any]) -> str:
-    asked = stats["expert_hits"] + stats["expert_misses"]
+def summary(stats: dict[str, Any]) -> str:
+    """The figures of `measure` in one line."""
+    experts = "no decode step"
+    if stats["generation_tokens"] > 1:
+        rate, read = 100 * stats["decode_hit_rate"], stats["decode_bytes_per_token"] / 1e9
+        experts = f"{rate:.1f} % hits and {read:.4f} GB a token in decode"
     return (
-        f"{stats['prompt_tokens']} prompt tokens at {stats['prompt_tps']:.1f}/s, {stats['generation_tokens']} tokens "
-        f"at "
-        f"{stats['generation_tps']:.1f}/s, first after {stats['ttft_s']:.2f} s; experts {stats['mode']}, "
-        f"{100 * stats['expert_hits'] / max(1, asked):.1f} % hits, {stats['bytes_read'] / 1e6:.1f} MB read; "
+        f"{stats['prompt_tokens']} prompt tokens at {stats['prompt_tps']:.1f}/s, first after {stats['ttft_s']:.2f} s; "
+        f"{stats['generation_tokens']} tokens at {stats['generation_tps']:.1f}/s; experts {stats['mode']}, {experts}; "
         f"peak memory {stats['peak_memory_bytes'] / 1e6:.0f} MB of {stats['budget_bytes'] / 1e6:.0f} MB"
     )
 

@@ -1,5 +1,5 @@
-"""What a person may ask of `generate`: its options, those of mlx_lm.generate among them, and what is refused before a
-model is loaded. Imports nothing heavy: `--help` answers at once."""
+"""What a person may ask of `generate` and `chat`: their options, those of mlx_lm.generate among them, and what is
+refused before a model is loaded. Imports nothing heavy: `--help` answers at once."""
 
 import argparse
 import json
@@ -54,10 +54,14 @@ def parser() -> argparse.ArgumentParser:
         help="the prompt; - reads it from standard input (the demo has one of its own)",
     )
     add_template(p)
-    p.add_argument("--max-tokens", type=int, help="most tokens to write (default 256)")
-    p.add_argument("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="tokens that end the text too")
+    p.add_argument("--prefill-response", metavar="TEXT", help="how the answer begins; the model goes on from there")
+    p.add_argument("--ignore-chat-template", action="store_true", help="give the prompt to the model as it is")
+    add_length(p)
     add_sampling(p)
     add_memory(p)
+    p.add_argument(
+        "--prompt-cache-file", metavar="FILE", help="go on from a prompt that mlx_lm.cache_prompt has computed"
+    )
     add_draft(p)
     add_streaming(p)
     p.add_argument("--stats", metavar="FILE", help="write the run's figures as JSON")
@@ -71,13 +75,17 @@ def parser() -> argparse.ArgumentParser:
 def add_template(to: argparse.ArgumentParser) -> None:
     """Add the options of how a prompt becomes a chat."""
     to.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
-    to.add_argument("--prefill-response", metavar="TEXT", help="how the answer begins; the model goes on from there")
-    to.add_argument("--ignore-chat-template", action="store_true", help="give the prompt to the model as it is")
     to.add_argument(
         "--chat-template-config",
         metavar="JSON",
         help='more for the chat template, as {"enable_thinking": false}',
     )
+
+
+def add_length(to: argparse.ArgumentParser) -> None:
+    """Add the options of where a text ends."""
+    to.add_argument("--max-tokens", type=int, help="most tokens to write at a time (default 256)")
+    to.add_argument("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="tokens that end the text too")
 
 
 def add_sampling(to: argparse.ArgumentParser) -> None:
@@ -118,7 +126,7 @@ def add_memory(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--context",
         type=int,
-        help="tokens that the budget provides for (default 2048, or what prompt and --max-tokens need)",
+        help="tokens that the budget provides for (default 2048; `generate`: or what prompt and --max-tokens need)",
     )
     to.add_argument(
         "--max-kv-size", type=int, metavar="N", help="keep the KV cache of the last N tokens and the first 4 alone"
@@ -129,9 +137,6 @@ def add_memory(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument(
         "--quantized-kv-start", type=int, default=5000, metavar="N", help="from this token on (default 5000)"
-    )
-    to.add_argument(
-        "--prompt-cache-file", metavar="FILE", help="go on from a prompt that mlx_lm.cache_prompt has computed"
     )
 
 
@@ -181,7 +186,7 @@ def require_writable(name: str, file: str | None) -> None:
         ValueError: it is a directory, or lies in none that exists.
     """
     if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-        raise ValueError(f"[generate] {name} should name a file in a directory that exists, received {file}.")
+        raise ValueError(f"[options] {name} should name a file in a directory that exists, received {file}.")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -191,17 +196,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ValueError: a value out of range, or options that exclude each other.
     """
     args = parser().parse_args(argv)
+    check(args)
+    require_writable("--stats", args.stats)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fill in every default, make `chat_template_config` a dictionary; raises as `parse`."""
     _fill_defaults(args)
     for name, low, high in RANGES:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"[generate] {_flag(name)} should lie in {low} to {high}, received {value}.")
+            raise ValueError(f"[options] {_flag(name)} should lie in {low} to {high}, received {value}.")
     for one, other in EXCLUDE:
         if getattr(args, one) is not None and getattr(args, other) is not None:
-            raise ValueError(f"[generate] {_flag(one)} and {_flag(other)} exclude each other; leave one of them out.")
+            raise ValueError(f"[options] {_flag(one)} and {_flag(other)} exclude each other; leave one of them out.")
     args.chat_template_config = _template_config(args.chat_template_config)
-    require_writable("--stats", args.stats)
-    return args
 
 
 def _flag(name: str) -> str:
@@ -230,10 +240,10 @@ def _template_config(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
     except ValueError as error:
-        raise ValueError(f"[generate] --chat-template-config should be JSON and is not: {error}.") from error
+        raise ValueError(f"[options] --chat-template-config should be JSON and is not: {error}.") from error
     if not isinstance(value, dict) or set(value).intersection(TEMPLATE_OWN):
         raise ValueError(
-            f"[generate] --chat-template-config should be a JSON object without {', '.join(TEMPLATE_OWN)}, "
+            f"[options] --chat-template-config should be a JSON object without {', '.join(TEMPLATE_OWN)}, "
             f"received {text}."
         )
     return value

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from tiny_qmoe_mlx import budget, footprint, lookahead
 from tiny_qmoe_mlx.container import open_model
+from tiny_qmoe_mlx.conversation import render
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
@@ -35,7 +36,7 @@ def check_tokens(directory: Path, tokenizer: TokenizerWrapper, args: argparse.Na
     for name in ("top_k", "min_tokens_to_keep"):
         if getattr(args, name) >= size:
             raise ValueError(
-                f"[generate] --{name.replace('_', '-')} should be less than the model's {size} tokens, "
+                f"[options] --{name.replace('_', '-')} should be less than the model's {size} tokens, "
                 f"received {getattr(args, name)}."
             )
     for token in args.extra_eos_token:
@@ -43,7 +44,7 @@ def check_tokens(directory: Path, tokenizer: TokenizerWrapper, args: argparse.Na
         unknown = number is None or (number == tokenizer.unk_token_id and token != tokenizer.unk_token)
         if unknown or not 0 <= number < size:
             raise ValueError(
-                f"[generate] --extra-eos-token should be a token of the model or its number, {token} is not."
+                f"[options] --extra-eos-token should be a token of the model or its number, {token} is not."
             )
         tokenizer.add_eos_token(str(number))
 
@@ -65,7 +66,7 @@ def prompt_ids(tokenizer: TokenizerWrapper, text: str, args: argparse.Namespace)
     """
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         if args.prefill_response is not None:
-            raise ValueError("[generate] --prefill-response needs a chat template; add the text to --prompt instead.")
+            raise ValueError("[options] --prefill-response needs a chat template; add the text to --prompt instead.")
         ids = tokenizer.encode(text, add_special_tokens=args.prompt_cache_file is None)
     else:
         chat = _chat(tokenizer, text, args)
@@ -88,13 +89,7 @@ def _chat(tokenizer: TokenizerWrapper, text: str, args: argparse.Namespace) -> s
     if begun:
         messages.append({"role": "assistant", "content": args.prefill_response})
     how = {"tokenize": False, "continue_final_message": begun, "add_generation_prompt": not begun}
-    try:
-        return tokenizer.apply_chat_template(messages, **args.chat_template_config, **how)
-    except Exception as error:  # templates are programs, and raise what they like
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"[prompt] the model's chat template refuses it: {reason}; see --ignore-chat-template."
-        ) from error
+    return render(tokenizer, messages, "see --ignore-chat-template", **args.chat_template_config, **how)
 
 
 def context(directory: Path, prompt_tokens: int, cached: int, args: argparse.Namespace) -> int:
@@ -116,24 +111,49 @@ def context(directory: Path, prompt_tokens: int, cached: int, args: argparse.Nam
             f"[prompt] has {prompt_tokens} tokens{before} and --max-tokens is {args.max_tokens}; together they should "
             f"be at most the model's {limit}; give a shorter prompt or fewer tokens."
         )
-    most = limit
-    if args.max_kv_size is not None:
-        if hasattr(_get_classes(config)[0], "make_cache"):
-            raise ValueError(
-                f"[generate] --max-kv-size has no effect on {config['model_type']}, which shapes its cache itself; "
-                "leave it out."
-            )
-        most = args.max_kv_size + footprint.PREFILL_CHUNK  # a chunk is added before the oldest are dropped
+    most = longest_cache(config, args)
     needed = min(needed, most)
     if args.context is not None and not needed <= args.context <= limit:
         raise ValueError(
-            f"[generate] --context should lie between {needed} (prompt and --max-tokens) and the model's {limit}, "
+            f"[options] --context should lie between {needed} (prompt and --max-tokens) and the model's {limit}, "
             f"received {args.context}."
         )
     return args.context or min(limit, most, max(needed, budget.DEFAULT_CONTEXT))
 
 
+def chat_context(directory: Path, args: argparse.Namespace) -> tuple[int, int]:
+    """Tokens of KV cache to provide for in a chat, and tokens that the chat may grow to.
+
+    Raises:
+        ValueError: more than the model or the kind of its cache can hold.
+    """
+    config = checkpoint.read_config(directory)
+    limit, most = footprint.longest_context(config), longest_cache(config, args)
+    if args.context is not None and not 1 <= args.context <= most:
+        raise ValueError(f"[options] --context should lie between 1 and {most} here, received {args.context}.")
+    provided = args.context or min(most, budget.DEFAULT_CONTEXT)
+    return provided, limit if args.max_kv_size is not None else provided
+
+
 # ---- the KV cache
+
+
+def longest_cache(config: dict, args: argparse.Namespace) -> int:
+    """Most tokens that the KV cache ever holds.
+
+    Raises:
+        ValueError: --max-kv-size for a model that does not heed it.
+    """
+    limit = footprint.longest_context(config)
+    if args.max_kv_size is None:
+        return limit
+    if hasattr(_get_classes(config)[0], "make_cache"):
+        raise ValueError(
+            f"[options] --max-kv-size has no effect on {config['model_type']}, which shapes its cache itself; "
+            "leave it out."
+        )
+    # a chunk is added before the oldest are dropped
+    return min(limit, args.max_kv_size + footprint.PREFILL_CHUNK)
 
 
 def open_prompt_cache(directory: Path, args: argparse.Namespace) -> list[Any] | None:
@@ -146,7 +166,7 @@ def open_prompt_cache(directory: Path, args: argparse.Namespace) -> list[Any] | 
     if file is None:
         return None
     if not Path(file).is_file():
-        raise ValueError(f"[generate] --prompt-cache-file should be a file, there is none at {file}.")
+        raise ValueError(f"[options] --prompt-cache-file should be a file, there is none at {file}.")
     try:
         cache, metadata = load_prompt_cache(file, return_metadata=True)
         mx.eval([entry.state for entry in cache])
@@ -154,16 +174,16 @@ def open_prompt_cache(directory: Path, args: argparse.Namespace) -> list[Any] | 
     except Exception as error:  # any file may be given
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise ValueError(
-            f"[generate] --prompt-cache-file should be what mlx_lm.cache_prompt wrote, {file} is not: {reason}"
+            f"[options] --prompt-cache-file should be what mlx_lm.cache_prompt wrote, {file} is not: {reason}"
         ) from error
     if model != args.model and Path(model).resolve() != directory.resolve():
-        raise ValueError(f"[generate] --prompt-cache-file {file} was made with {model}, not with {args.model}.")
+        raise ValueError(f"[options] --prompt-cache-file {file} was made with {model}, not with {args.model}.")
     first = cache[0]
     if isinstance(first, QuantizedKVCache):
         given = (args.kv_bits or first.bits, args.kv_group_size if args.kv_bits else first.group_size)
         if given != (first.bits, first.group_size):
             raise ValueError(
-                f"[generate] --kv-bits and --kv-group-size should be {first.bits} and {first.group_size} as in {file}, "
+                f"[options] --kv-bits and --kv-group-size should be {first.bits} and {first.group_size} as in {file}, "
                 f"received {given[0]} and {given[1]}."
             )
     return cache
@@ -186,7 +206,7 @@ def check_caches(model: nn.Module, cache: list[Any] | None, args: argparse.Names
     fresh = make_prompt_cache(model)
     if cache is not None and len(cache) != len(fresh):
         raise ValueError(
-            f"[generate] --prompt-cache-file should have {len(fresh)} layers as the model has, it has {len(cache)}."
+            f"[options] --prompt-cache-file should have {len(fresh)} layers as the model has, it has {len(cache)}."
         )
     trial, errors = copy.deepcopy(cache) or fresh, []
 
@@ -201,7 +221,7 @@ def check_caches(model: nn.Module, cache: list[Any] | None, args: argparse.Names
     lookahead.guess(steps, mx.array([[0]]))  # type: ignore[arg-type]  # a probe: experts give zeros
     if errors:
         what = "--prompt-cache-file" if cache is not None else f"--kv-bits {args.kv_bits}"
-        raise ValueError(f"[generate] {what} does not fit this model's attention in mlx-lm: {errors[0]}; leave it out.")
+        raise ValueError(f"[options] {what} does not fit this model's attention in mlx-lm: {errors[0]}; leave it out.")
 
 
 # ---- a draft model
@@ -221,10 +241,10 @@ def open_draft(
     path = checkpoint.find_directory(args.draft_model, quiet=args.quiet or args.json)
     config = checkpoint.read_config(path)
     if "tiny_qmoe" in config:
-        raise ValueError(f"[generate] --draft-model should be a plain model of mlx-lm, {path} is a converted one.")
+        raise ValueError(f"[options] --draft-model should be a plain model of mlx-lm, {path} is a converted one.")
     sizes = checkpoint.open_tokenizer(path, config).vocab_size, vocabulary(config, 0)
     if sizes[0] != tokenizer.vocab_size or sizes[1] < len(tokenizer):
-        raise ValueError(f"[generate] --draft-model should have the model's tokenizer, that of {path} is another.")
+        raise ValueError(f"[options] --draft-model should have the model's tokenizer, that of {path} is another.")
     beside = draft_bytes(path, config, context, args.num_draft_tokens)
     _check_both_fit(directory, beside, context, args.memory)
     return _load_draft(path), beside

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+MANY = 1_000_000  # what a bar counts beyond are bytes: no model has so many experts or layers
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +71,7 @@ def progress(
     quiet: bool = False,
     unit: str = "it",
     unit_scale: bool = False,
+    done: float = 0,
 ) -> Any:
     """A tqdm bar on stderr; silent with `quiet` (pass --json or --quiet) and where stderr is no terminal.
 
@@ -80,12 +82,20 @@ def progress(
         quiet: no bar.
         unit: of one step; "B" with unit_scale for bytes.
         unit_scale: whether to count in k, M, G.
+        done: of the total, before the bar began: the time left is told by what came since.
     """
     from tqdm import tqdm
 
     hidden = quiet or not sys.stderr.isatty()
     return tqdm(
-        iterable, total=total, desc=description, disable=hidden, unit=unit, unit_scale=unit_scale, dynamic_ncols=True
+        iterable,
+        total=total,
+        desc=description,
+        disable=hidden,
+        unit=unit,
+        unit_scale=unit_scale,
+        dynamic_ncols=True,
+        initial=done,
     )
 
 
@@ -158,7 +168,9 @@ class Bars:
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:
             self._close()
-            self._bar, self._what = progress(total=total, description=what, quiet=self._quiet), what
+            many = total >= MANY
+            self._bar = progress(None, total, what, self._quiet, "B" if many else "it", many, done)
+            self._what = what
         self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:

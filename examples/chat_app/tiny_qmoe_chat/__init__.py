@@ -1,0 +1,1 @@
+"""A chat window for converted models of tiny-qmoe-mlx, in PySide6."""

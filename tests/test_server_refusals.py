@@ -1,0 +1,257 @@
+"""What the server refuses: requests that are no requests, callers that may not ask, options that cannot be."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from commands import refusal
+from server_process import CHAT, HEAD, TEXT, chat, least, serving
+
+from tiny_qmoe_mlx import budget
+from tiny_qmoe_mlx.serving.refusal import Refused
+from tiny_qmoe_mlx.serving.schema import Grammars
+
+pytest_plugins = ["command_fixtures", "server_fixtures"]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+# ---- bad requests
+
+OK = {"prompt": "hello", "max_tokens": 2}
+IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
+BODIES = {
+    "no JSON": (TEXT, b'{"prompt": "he', 400, "JSON"),
+    "nothing": (TEXT, b"", 400, "JSON"),
+    "no UTF-8": (TEXT, b'{"prompt": "\xff\xfe"}', 400, "JSON"),
+    "a list": (TEXT, [OK], 400, "object"),
+    "nested too deeply": (TEXT, b"[" * 200_000, 400, "JSON"),
+    "no number": (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN"),
+    "an endless number": (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "1e999"),
+    "another model": (TEXT, {**OK, "model": "gpt-4"}, 404, "model should be"),
+    "a model of another kind": (TEXT, {**OK, "model": 7}, 404, "model should be"),
+    "an adapter": (TEXT, {**OK, "adapters": "mine"}, 404, "adapters"),
+    "a draft model": (TEXT, {**OK, "draft_model": "mine"}, 404, "draft_model"),
+    "negative max_tokens": (TEXT, {**OK, "max_tokens": -1}, 400, "max_tokens"),
+    "no max_tokens": (TEXT, {**OK, "max_tokens": 0}, 400, "max_tokens"),
+    "too large an answer": (TEXT, {**OK, "max_tokens": 1 << 20}, 400, "context of 1024"),
+    "an answer longer than any": (TEXT, {**OK, "max_tokens": 10**40}, 400, "max_tokens"),
+    "a temperature beyond floats": (TEXT, {**OK, "temperature": 10**400}, 400, "temperature"),
+    "a bias beyond floats": (TEXT, {**OK, "logit_bias": {"5": 10**400}}, 400, "logit_bias"),
+    "more guesses than the budget has": (TEXT, {**OK, "num_draft_tokens": 4}, 400, "num_draft_tokens"),
+    "max_tokens as text": (TEXT, {**OK, "max_tokens": "12"}, 400, "max_tokens"),
+    "half a token": (TEXT, {**OK, "max_tokens": 1.5}, 400, "max_tokens"),
+    "temperature below 0": (TEXT, {**OK, "temperature": -1}, 400, "temperature"),
+    "top_p above 1": (TEXT, {**OK, "top_p": 2}, 400, "top_p"),
+    "top_k of all tokens": (TEXT, {**OK, "top_k": 100_000}, 400, "top_k"),
+    "a negative seed": (TEXT, {**OK, "seed": -3}, 400, "seed"),
+    "a bias for no token": (TEXT, {**OK, "logit_bias": {"999999": 1}}, 400, "logit_bias"),
+    "a bias by name": (TEXT, {**OK, "logit_bias": {"the": 1}}, 400, "logit_bias"),
+    "stop as number": (TEXT, {**OK, "stop": 3}, 400, "stop"),
+    "an empty stop": (TEXT, {**OK, "stop": [""]}, 400, "stop"),
+    "two answers": (TEXT, {**OK, "n": 2}, 400, "n should be 1"),
+    "stream options": (TEXT, {**OK, "stream": True, "stream_options": 1}, 400, "stream_options"),
+    "no prompt": (TEXT, {"max_tokens": 2}, 400, "prompt"),
+    "an empty prompt": (TEXT, {**OK, "prompt": ""}, 400, "at least one token"),
+    "several prompts": (TEXT, {**OK, "prompt": ["a", "b"]}, 400, "prompt"),
+    "half a character": (TEXT, b'{"prompt": "\\ud800"}', 400, "prompt"),
+    "no messages": (CHAT, {}, 400, "messages"),
+    "empty messages": (CHAT, {"messages": []}, 400, "messages"),
+    "messages as text": (CHAT, {"messages": "hello"}, 400, "messages"),
+    "a message without role": (CHAT, {"messages": [{"content": "x"}]}, 400, "role"),
+    "an image": (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, 400, "text alone"),
+    "content as number": (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "content"),
+    "tool_calls as text": (CHAT, {"messages": [{"role": "assistant", "tool_calls": "x"}]}, 400, "tool_calls"),
+    "arguments that are no JSON": (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+        400,
+        "refuses the prompt",
+    ),
+    "a tool that must be called": (CHAT, {"messages": chat("x"), "tool_choice": "required"}, 400, "tool_choice"),
+    "tools as text": (CHAT, {"messages": chat("x"), "tools": "x"}, 400, "tools"),
+    "a template of a stranger's": (
+        CHAT,
+        {"messages": chat("x"), "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        400,
+        "chat_template_kwargs",
+    ),
+    "an unknown format": (CHAT, {"messages": chat("x"), "response_format": {"type": "xml"}}, 400, "response_format"),
+    "a format without schema": (
+        CHAT,
+        {"messages": chat("x"), "response_format": {"type": "json_schema"}},
+        400,
+        "response_format",
+    ),
+    "tools and a schema": (
+        CHAT,
+        {"messages": chat("x"), "tools": [TOOL], "response_format": {"type": "json_object"}},
+        400,
+        "exclude",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BODIES)
+def test_a_bad_request_is_refused_in_openais_words(live, what):
+    path, body, status, words = BODIES[what]
+    found, error = live.refused(path, body)
+    assert (found, error["type"]) == (status, "invalid_request_error") and words in error["message"], error
+    assert live.get(TEXT, OK)["usage"]["completion_tokens"] == 2, "the server goes on"
+
+
+def test_a_schema_that_cannot_be_followed(live):
+    pytest.importorskip("llguidance")
+    body = {
+        "messages": chat("x"),
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}},
+    }
+    status, error = live.refused(CHAT, body)
+    assert status == 400 and "response_format cannot be followed" in error["message"]
+
+
+def test_a_prompt_of_a_megabyte(live, client):
+    openai, text = pytest.importorskip("openai"), "stone " * 170_000
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="default_model", messages=chat(text))
+    assert error.value.code == "context_length_exceeded"
+    assert "context of 1024 tokens" in error.value.message and len(error.value.message) < 400
+    assert live.metrics()["tiny_qmoe_requests_active"] == 0
+
+
+def test_a_body_that_is_too_large(live):
+    status, error = live.refused(TEXT, b" " * (9 << 20))
+    assert (status, error["code"]) == (413, "too_large")
+
+
+RAW = {
+    "no length": (HEAD + b"\r\n", 411),
+    "a length that is none": (HEAD + b"Content-Length: many\r\n\r\n", 400),
+    "a negative length": (HEAD + b"Content-Length: -5\r\n\r\n", 400),
+    "an unknown method": (b"BREW /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    "no HTTP": (b"hello\r\n\r\n", 400),
+    "an endless line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+    "an endless header": (HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("what", RAW)
+def test_bad_http(live, what):
+    data, status = RAW[what]
+    answer = live.raw(data)
+    body = json.loads(answer[answer.index(b"{") :])
+    assert sorted(body["error"]) == ["code", "message", "type"]
+    if what != "no HTTP":  # of HTTP 0.9, which has no status line
+        assert answer.split(b" ")[1] == str(status).encode()
+    assert live.get("/health") == {"status": "ok"}
+
+
+def test_a_schema_without_its_library_is_refused(monkeypatch, alone):
+    monkeypatch.setitem(sys.modules, "llguidance", None)  # its import fails
+    with pytest.raises(Refused, match=r"needs the package llguidance.*install tiny-qmoe-mlx\[server\]") as error:
+        Grammars(alone.tokenizer, 262).processor({"type": "json_object"}, False)
+    assert error.value.status == 501
+    assert Grammars(alone.tokenizer, 262).processor({"type": "text"}, False) is None
+
+
+def test_tools_for_a_model_without_any_are_refused(converted):
+    """Not left unheeded: this model has no chat template."""
+    with serving(converted, "--context", 512) as plain:
+        status, error = plain.refused(CHAT, {"messages": chat("x"), "tools": [TOOL]})
+        assert status == 400 and error["message"].startswith("tools: ")
+        parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+        whole, cut = ({"messages": [{"role": "user", "content": c}], "max_tokens": 4} for c in ("hello", parts))
+        found = [plain.get(CHAT, body)["choices"][0]["message"] for body in (whole, cut)]
+        assert found[0] == found[1], "a text in parts is one text"
+
+
+# ---- who may call
+
+
+CALLERS = {
+    "a name pointed at this machine": ({"Host": "evil.example"}, 403),
+    "a page of another site": ({"Origin": "https://evil.example"}, 403),
+    "a page from a file": ({"Origin": "null"}, 403),
+    "a page of this machine": ({"Origin": "http://localhost:3000"}, 200),
+    "this machine by name": ({"Host": "localhost:80"}, 200),
+}
+
+
+@pytest.mark.parametrize("what", CALLERS)
+def test_who_may_call(live, what):
+    headers, status = CALLERS[what]
+    answer = live.open("/v1/models", **headers)
+    answer.read()
+    assert answer.status == status
+    assert answer.getheader("Access-Control-Allow-Origin") == (headers.get("Origin") if status == 200 else None)
+
+
+def test_a_browser_may_ask_first(live):
+    answer = live.open(CHAT, method="OPTIONS", Origin="http://localhost:3000")
+    answer.read()
+    assert answer.status == 204 and "POST" in answer.getheader("Access-Control-Allow-Methods")
+
+
+def test_what_people_ask_is_not_logged(live):
+    for path, body in ((TEXT, {**OK, "prompt": "mother-of-pearl"}), (TEXT, b'{"mother-of-pearl": ')):
+        live.open(path, body).read()
+    live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
+    assert any("POST /v1/completions 200" in line for line in live.errors), "its log level is info"
+    assert not any("mother-of-pearl" in line for line in live.errors)
+
+
+# ---- options
+
+
+def test_a_port_in_use_is_one_sentence(here, served, live):
+    sentence = refusal(here("server", "--model", served, "--port", live.port))
+    assert f"port {live.port} of 127.0.0.1 should be free" in sentence
+
+
+def test_a_port_in_use_is_found_before_the_model_is(here, live):
+    assert "should be free" in refusal(here("server", "--model", "/nowhere", "--port", live.port))
+
+
+REFUSED = {
+    "no such host": (("--host", "no.such.host.invalid"), "--host"),
+    "a port that is none": (("--port", "70000"), "--port should lie in 0 to 65535"),
+    "no queue": (("--queue", "0"), "--queue"),
+    "a budget that cannot be read": (("--memory", "lots"), r"\[memory\]"),
+    "too small a budget": (("--memory", "50MB"), "too small to serve this model"),
+    "a cache size that cannot be read": (("--prompt-cache-bytes", "some"), r"\[memory\]"),
+    "a template argument that is no JSON": (("--chat-template-args", "{"), "--chat-template-args"),
+    "a key file that is not there": (("--api-key-file", "/nowhere/key"), "/nowhere/key"),
+    "two kinds of cache": (("--kv-bits", "4", "--draft-model", "x"), "exclude"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_options_are_one_sentence(here, served, what):
+    options, words = REFUSED[what]
+    sentence = refusal(here("server", "--model", served, "--port", 0, *options))
+    assert re.search(words, sentence), sentence
+
+
+def test_a_quantized_cache_that_does_not_fit_is_refused_at_the_start(here, served):
+    """Heads of 16 values have no group of 64."""
+    assert "--kv-bits 8 does not fit" in refusal(here("server", "--model", served, "--port", 0, "--kv-bits", 8))
+
+
+def test_an_empty_key_is_refused(here, served, tmp_path):
+    (tmp_path / "key").write_text("\n")
+    assert "--api-key-file" in refusal(here("server", "--model", served, "--api-key-file", tmp_path / "key"))
+
+
+def test_the_smallest_budget_is_named_and_works(here, served):
+    sentence = refusal(here("server", "--model", served, "--port", 0, "--memory", "60MB", "--context", 256))
+    named = sentence.split("the smallest that works is ")[1].split(";")[0]
+    assert named == budget.show(least(served, 256))
+
+
+def test_help_has_examples_and_is_fast(here):
+    done = here("server", "--help")
+    assert done.status == 0 and "python -m tiny_qmoe_mlx.server --model demo" in done.out
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tiny_qmoe_mlx.server", "--help"], capture_output=True, check=True
+    )
+    assert not {b"mlx.core", b"numpy", b"transformers"}.intersection(w.strip() for w in found.stderr.split(b"|"))

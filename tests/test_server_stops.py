@@ -1,0 +1,188 @@
+"""What ends early: clients that leave, requests past the queue, a server that is stopped, generation that fails."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from server_process import HEAD, TEXT, TOKENS, Server, events, least, serving
+
+from tiny_qmoe_mlx import container
+from tiny_qmoe_mlx import server as command
+from tiny_qmoe_mlx.serving import options as serving_options
+from tiny_qmoe_mlx.serving import sockets
+
+pytest_plugins = ["command_fixtures", "server_fixtures"]
+PROMPT, OK = "the river stone", {"prompt": "hello", "max_tokens": 2}
+
+# ---- clients that leave
+
+
+def gone_in_the_middle(live: Server, stream: bool) -> None:
+    before = live.metrics()
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        body = json.dumps({"prompt": "the river", "max_tokens": 900, "stream": stream}).encode()
+        connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        live.wait(lambda m: m["tiny_qmoe_generated_tokens_total"] > before["tiny_qmoe_generated_tokens_total"] + 3)
+        # closed with a reset, as a client that is killed
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    after = live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0 and m["tiny_qmoe_kv_tokens"] == 0)
+    assert after["tiny_qmoe_clients_gone_total"] == before["tiny_qmoe_clients_gone_total"] + 1
+    written = after["tiny_qmoe_generated_tokens_total"] - before["tiny_qmoe_generated_tokens_total"]
+    assert written < 900, "it was not written to its end"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(live, alone, stream):
+    gone_in_the_middle(live, stream)
+    assert live.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
+
+
+def test_a_client_of_openai_that_closes_its_stream(live, client):
+    before = live.metrics()["tiny_qmoe_clients_gone_total"]
+    stream = client.completions.create(model="default_model", prompt="old", max_tokens=900, stream=True)
+    next(iter(stream))
+    stream.close()
+    live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0 and m["tiny_qmoe_clients_gone_total"] == before + 1)
+
+
+# ---- a narrow server with a key
+
+
+@pytest.fixture(scope="module")
+def narrow(served, tmp_path_factory):
+    """One request at a time, one that waits, and a key."""
+    key = tmp_path_factory.mktemp("key") / "key.txt"
+    key.write_text("secret-7\n")
+    options = ("--decode-concurrency", 1, "--queue", 1, "--api-key-file", key, "--context", 512)
+    with serving(served, *options) as running:
+        running.key = "secret-7"
+        yield running
+
+
+KEY = {"Authorization": "Bearer secret-7"}
+
+
+def test_past_the_queue_is_503(narrow):
+    streams = [narrow.open(TEXT, {"prompt": "x", "max_tokens": 400, "stream": True}, **KEY)]
+    next(events(streams[0]))  # it is being computed
+    waiting = threading.Thread(target=lambda: streams.append(narrow.open(TEXT, OK, **KEY)))
+    waiting.start()
+    narrow.wait(lambda m: m["tiny_qmoe_requests_active"] == m["tiny_qmoe_requests_waiting"] == 1)
+    answer = narrow.open(TEXT, OK, **KEY)
+    error = json.loads(answer.read())["error"]
+    assert (answer.status, error["type"], error["code"]) == (503, "server_error", "server_busy")
+    assert 1 <= int(answer.getheader("Retry-After")) <= 60
+    waiting.join()
+    for stream in streams:
+        stream.read()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer secret-"}, {"Authorization": "Basic secret-7"}])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/experts", TEXT])
+def test_the_key_is_asked_for(narrow, path, headers):
+    status, error = narrow.refused(path, OK if path == TEXT else None, **headers)
+    assert (status, error["type"], error["code"]) == (401, "authentication_error", "invalid_api_key")
+
+
+def test_the_key_opens(narrow):
+    assert len(narrow.get("/v1/models", **KEY)["data"]) == 1
+    assert narrow.get(TEXT, OK, **KEY)["usage"]["completion_tokens"] == 2
+    assert narrow.get("/health")["status"] == "ok", "a watcher needs none"
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="secret-7", max_retries=0) as own:
+        assert len(own.models.list().data) == 1
+
+
+# ---- generation that fails
+
+
+@contextmanager
+def serving_here(model: Path, *options: object) -> Iterator[Server]:
+    """The server in this process, so that a test can make it fail."""
+    args = serving_options.parse(["--model", str(model), "--port", "0", "--quiet", *map(str, options)])
+    with sockets.Server(args.host, args.port) as listening:
+        opened, generation = command._open(model, args)
+        clients = command.answer(listening, generation)
+        try:
+            yield Server(None, "", listening.server_port, [])
+        finally:
+            listening.shutdown()
+            clients.join()
+            generation.stop_and_join()
+            opened.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_disk_that_fails_for_a_while_fails_one_answer(served, alone, monkeypatch, stream):
+    """Experts are read anew for every token; the request that meets the fault is told, the next one is answered."""
+    failing, real = threading.Event(), os.preadv
+
+    def preadv(*inputs, **options):
+        if failing.is_set():
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with serving_here(served, "--context", 512, "--memory", least(served, 512)) as here:
+        if not stream:
+            failing.set()
+        answer = here.open(TEXT, {"prompt": PROMPT, "max_tokens": 400, "stream": stream})
+        if stream:
+            next(events(answer))
+            failing.set()
+        error = json.loads(answer.read().decode().strip().splitlines()[-1].removeprefix("data: "))["error"]
+        assert (error["type"], answer.status) == ("server_error", 200 if stream else 500)
+        assert "Input/output error" in error["message"]
+        failing.clear()
+        here.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
+        assert here.get("/health") == {"status": "ok"}
+        assert here.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
+
+
+@pytest.mark.slow
+def test_files_that_change_under_a_server_are_told(served, tmp_path):
+    model = Path(shutil.copytree(served, tmp_path / "model"))
+    expert = container.open_model(model).expert_file(0)
+    whole = expert.read_bytes()
+    with serving(model, "--context", 512, "--memory", least(model, 512)) as running:
+        expert.write_bytes(whole[:4096] + bytes(len(whole) - 4096))
+        status, error = running.refused(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})
+        assert status == 500 and expert.name in error["message"]
+        running.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
+
+
+# ---- stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_answers_end(served, interruptible, alone, number):
+    with serving(served, "--context", 512) as running:
+        answer = running.open(TEXT, {"prompt": PROMPT, "max_tokens": 300, "stream": True})
+        stream = events(answer)
+        text = next(stream)["choices"][0]["text"]
+        running.child.send_signal(number)
+        found = list(stream)
+        assert found[-1] == "[DONE]"
+        assert text + "".join(f["choices"][0]["text"] for f in found[:-1]) == alone(PROMPT, 300)
+        assert running.child.wait(timeout=60) == 0
+        with pytest.raises(ConnectionError):
+            running.open("/health")
+    assert running.errors == []
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_ever(served):
+    with serving(served, "--context", 1024, "--grace", 0) as running:
+        stream = events(running.open(TEXT, {"prompt": "x", "max_tokens": 1000, "stream": True}))
+        next(stream)
+        assert running.stop() == 0
+        assert "cut off" in "".join(running.errors)

@@ -1,0 +1,336 @@
+"""mlx_lm.server's generation thread with our loader: requests wait in a queue until they fit the budget, one that fails
+or whose client has gone gives its place to the next.
+"""
+
+import copy
+import functools
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm import server as mlx_server
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tiny_qmoe_mlx import footprint
+from tiny_qmoe_mlx.serving import figures
+from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
+from tiny_qmoe_mlx.serving.refusal import Refused, reason
+
+POLL_S = 0.25  # how often a waiting request looks whether its client is still there
+ONE = mlx_server.ModelDescription("default_model", "default_model", "")  # this server has one model
+log = logging.getLogger("tiny_qmoe_mlx.server")
+
+
+@dataclass
+class Asked(mlx_server.CompletionRequest):
+    """A request with what has been found out about it before its turn.
+
+    tokenized: what mlx-lm's `_tokenize` gives, the prompt's tokens first; most: tokens of KV cache that it may take;
+    gone: whether its client has left; grammar: a logits processor that keeps the answer to a JSON schema, or None;
+    over: nobody waits for more of it. mlx-lm's thread takes it for the queue that it puts its words into.
+    """
+
+    tokenized: tuple[Any, ...] = ()
+    most: int = 0
+    gone: Callable[[], bool] = bool
+    grammar: Callable | None = None
+    args: Any = None
+    context: Any = None
+    over: bool = False
+    words: SimpleQueue = field(default_factory=SimpleQueue)
+
+    def put(self, word: Any) -> None:
+        """The context of its generation comes first; then progress and tokens, None at the end, or an error."""
+        if isinstance(word, mlx_server.GenerationContext):
+            self.context = word
+            if self.over:
+                word.stop()
+        self.words.put(word)
+
+    def end(self) -> None:
+        """Compute nothing more for it, also where its context has not come yet."""
+        self.over = True
+        if self.context is not None:
+            self.context.stop()
+
+
+class Provider(mlx_server.ModelProvider):
+    """mlx-lm's holder of models, with the one that has been loaded; no request makes it load another."""
+
+    model: Any
+    tokenizer: Any
+    draft_model: Any
+    model_key: Any
+
+    def __init__(self, args: Any, model: nn.Module, tokenizer: TokenizerWrapper, draft: nn.Module | None):
+        super().__init__(args)
+        self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
+        self.model_key = (args.model, None, args.draft_model)
+        self.is_batchable = draft is None and all(hasattr(c, "merge") for c in make_prompt_cache(model))
+
+    def load(self, *names: Any) -> tuple[nn.Module, TokenizerWrapper]:
+        return self.model, self.tokenizer
+
+    def load_default(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        self.model = self.draft_model = None
+
+
+def bound(function: Any, **names: Any) -> FunctionType:
+    """A function of another module which finds ours under some of the names that its module gives it."""
+    return FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__)
+
+
+def logits_processors(args: Any) -> list[Callable]:
+    """mlx-lm's for a request, and its grammar's."""
+    return [*mlx_server._make_logits_processors(args), *([args.grammar] if args.grammar else [])]
+
+
+class Generation(mlx_server.ResponseGenerator):
+    """mlx-lm's thread that answers requests, one model for all.
+
+    Attributes:
+        directory, config, cache: the model's; the cache is of its experts.
+        counters: of all requests.
+        limit: most tokens of a request, prompt and answer.
+        longest_token: its characters; most_letters: those of a prompt that may fit the limit.
+        large: held while a large request is read.
+        stopping: no new request is taken.
+    """
+
+    model_provider: Provider
+    prompt_cache: PromptCache
+
+    def __init__(self, provider: Provider, directory: str, config: dict[str, Any], beside: int, cpu: bool):
+        """
+        Args:
+            provider: with the model loaded.
+            directory, config: the model's.
+            beside: bytes of the budget that are not in the model's own: it was loaded with so much less.
+            cpu: whether MLX computes on the CPU.
+        """
+        args = provider.cli_args
+        self.counters = figures.Counters()
+        self.limit = min(args.context, footprint.longest_context(config))
+        self.longest_token = max(map(len, provider.tokenizer.get_vocab()))
+        self.most_letters = self.limit * self.longest_token
+        self.large = threading.BoundedSemaphore(2)
+        self.stopping = False
+        self.batch: Batch | None = None
+        self.directory, self.config = directory, config
+        self._runtime, self._beside = provider.model.tiny_qmoe, beside
+        self.cache = self._runtime.cache
+        self._loaded = self._runtime.stats()["bytes_read"]
+        self._changed = threading.Condition()
+        self._tokenizing = threading.Lock()
+        self._waiting: deque[Asked] = deque()
+        self._entered = self._alone = self._kv_tokens = self._prompt_bytes = 0
+        self._active: list[Asked] = []
+        self._capacity = args.context + footprint.KV_STEP
+        kv = functools.partial(footprint.kv_bytes, config, cpu=cpu)
+        self._token_bytes = kv(1) - kv(0)
+        self._kv_bytes = kv(args.context) + args.prompt_cache_bytes
+        super().__init__(provider, PromptCache(args.prompt_cache_size, self._room))
+
+    # ---- in the clients' threads
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """A request's time in here, from its first look to its last word.
+
+        Raises:
+            Refused: too many wait already, or the server stops.
+        """
+        with self._changed:
+            if self.stopping or self._entered - len(self._active) >= self.cli_args.queue:
+                what = "the server is stopping" if self.stopping else f"{self.cli_args.queue} requests are waiting"
+                retry = min(60, math.ceil(self.counters.request_s))
+                raise Refused(503, f"{what}; try again in {retry} s.", "server_busy", retry)
+            self._entered += 1
+        start = time.monotonic()
+        try:
+            yield
+            self.counters.took(time.monotonic() - start)
+        finally:
+            with self._changed:
+                self._entered -= 1
+                self._changed.notify_all()
+
+    def tokens_of(self, request: Any, template: dict[str, Any] | None) -> tuple[Any, ...]:
+        """What mlx-lm's `_tokenize` gives for a request, in the client's thread.
+
+        Raises:
+            Refused: the chat template or the tokenizer does not take it.
+        """
+        how: Any = SimpleNamespace(chat_template_kwargs=template)  # all that mlx-lm looks at here
+        try:
+            with self._tokenizing:
+                found = super()._tokenize(self.model_provider.tokenizer, request, how)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise Refused(400, f"the model's tokenizer or chat template refuses the prompt: {reason(error)}") from error
+        if not found[0]:
+            raise Refused(400, "the prompt should have at least one token, it has none.")
+        return found
+
+    def generate(  # type: ignore[override]
+        self, request: Asked, generation_args: Any, progress_callback: Any = None
+    ) -> tuple[Any, Iterator]:
+        """As mlx-lm's, for a request that has been asked under `entered`."""
+        generation_args.model, generation_args.grammar = ONE, request.grammar
+        request.args = generation_args
+        with self._changed:
+            self._waiting.append(request)
+            self._changed.notify_all()
+        context = self._take(request)
+        self.counters.prompt(len(request.tokenized[0]))
+        return context, self._answers(request, progress_callback)
+
+    def _answers(self, request: Asked, progress: Callable[[int, int], None] | None) -> Iterator[Any]:
+        while (found := self._take(request)) is not None:
+            if not isinstance(found, tuple):
+                self.counters.token()
+                yield found
+            elif progress is not None:
+                progress(*found)
+
+    def _take(self, request: Asked) -> Any:
+        """The next word from the generation thread.
+
+        Raises:
+            ConnectionAbortedError: the client has gone.
+            Exception: what went wrong there.
+        """
+        while True:
+            try:
+                found = request.words.get(timeout=POLL_S)
+            except Empty:
+                found = None if self.generation_available() else RuntimeError("the server has stopped")
+                if found is None and not request.gone():
+                    continue
+                found = found or ConnectionAbortedError("the client has gone")
+            if isinstance(found, Exception):
+                raise found
+            if request.gone():
+                raise ConnectionAbortedError("the client has gone")
+            return found
+
+    def withdraw(self, request: Asked) -> None:
+        """A request is over, whether its answer is whole or not: nothing is computed for it any more."""
+        request.end()
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if request in self._active:
+                self._active.remove(request)
+            self._changed.notify_all()
+
+    def drain(self, seconds: float) -> bool:
+        """Take nothing new, wait for the answers of those who have entered, end what is left; whether all are whole."""
+        with self._changed:
+            self.stopping = True
+            done = self._changed.wait_for(lambda: not self._entered, timeout=seconds)
+            for request in self._active:
+                request.end()
+        return done
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what is under way; None where unknown."""
+        own, counters = self._runtime.stats(), self.counters
+        asked, read = own["expert_hits"] + own["expert_misses"], own["bytes_read"] - self._loaded
+        with self._changed:
+            active = len(self._active)
+            waiting = self._entered - active
+        return {
+            **own,
+            "budget_bytes": own["budget_bytes"] + self._beside,
+            "pool_bytes": self.cache.pool_bytes,
+            "held_bytes": figures.resident_bytes(),
+            "hit_rate": own["expert_hits"] / asked if asked else None,
+            "bytes_per_token": read / counters.tokens if counters.tokens else None,
+            "tokens_per_second": counters.tokens_per_second(),
+            "tokens": counters.tokens,
+            "active": active,
+            "waiting": waiting,
+            "context": self.limit,
+            "kv_tokens": self._kv_tokens,
+            "prompt_cache_bytes": self._prompt_bytes,
+        }
+
+    # ---- in the generation thread
+
+    def _run_generate(self) -> None:
+        """mlx-lm's loop, begun anew where it fails: those who were being answered are told."""
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:  # a disk, a damaged record, memory: the next request may do better
+                log.exception("generation failed; %d requests were under way", len(self._active))
+                self.batch, self._alone = None, 0
+                error.__traceback__ = None  # its frames hold the batch's KV cache
+                with self._changed:
+                    for request in self._active:
+                        request.put(error)
+
+    def _generate(self) -> None:
+        bound(mlx_server.ResponseGenerator._generate, BatchGenerator=self._make_batch, **PROCESSORS)(self)
+
+    def _make_batch(self, *inputs: Any, **options: Any) -> Batch:
+        self.batch = Batch(*inputs, **options)
+        return self.batch
+
+    def _tokenize(self, tokenizer: Any, request: Asked, args: Any) -> tuple[Any, ...]:
+        return copy.deepcopy(request.tokenized)  # mlx-lm takes its lists apart
+
+    def _next_request(self, timeout: float | None = None) -> tuple[Any, Asked, Any] | None:
+        """The request whose turn it is, if it fits beside those being computed."""
+        with self._changed:
+            if not self._waiting and timeout:
+                self._changed.wait(timeout)
+            if not self._waiting or not self._fits(self._waiting[0]):
+                self._room()
+                return None
+            request = self._waiting.popleft()
+            self._active.append(request)
+        self._alone = request.most  # until it is in the batch
+        self.prompt_cache.make_room()
+        self._alone = 0
+        return request, request, request.args
+
+    def _fits(self, request: Asked) -> bool:
+        """Whether a request may be taken now; one that cannot be in a batch is, and waits in there for the others."""
+        lengths = self._lengths()
+        if not self._is_batchable(request.args):
+            return True
+        return len(lengths) < self.cli_args.decode_concurrency and padded([*lengths, request.most]) <= self._capacity
+
+    def _lengths(self) -> list[int]:
+        return self.batch.lengths if self.batch is not None else []
+
+    def _room(self) -> int:
+        """Bytes of the budget's KV cache that may hold earlier prompts now."""
+        self._kv_tokens = padded([*self._lengths(), *([self._alone] if self._alone else [])])
+        self._prompt_bytes = self.prompt_cache.nbytes
+        return self._kv_bytes - self._token_bytes * self._kv_tokens
+
+    def _serve_single(self, request: tuple[Any, Asked, Any], stream: Any) -> None:
+        self._alone = request[1].most
+        self.prompt_cache.make_room()
+        try:
+            bound(mlx_server.ResponseGenerator._serve_single, **PROCESSORS)(self, request, stream)
+        finally:
+            self._alone = 0
+
+
+PROCESSORS = {"_make_logits_processors": logits_processors}

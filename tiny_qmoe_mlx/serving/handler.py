@@ -1,0 +1,349 @@
+"""HTTP: mlx_lm.server's handler of requests, with OpenAI's shape for every error, the page, and the figures.
+
+Who may ask is settled before anything is read: the key, the `Host` by which this machine was called (a name that a
+stranger points at 127.0.0.1 is refused), and the `Origin` of a web page.
+"""
+
+import hmac
+import io
+import json
+import logging
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from mlx_lm import server as mlx_server
+
+from tiny_qmoe_mlx.serving import checks, figures
+from tiny_qmoe_mlx.serving.generation import Asked, Generation
+from tiny_qmoe_mlx.serving.refusal import Refused, reason
+from tiny_qmoe_mlx.serving.schema import Grammars
+
+BODY_BYTES, BODY_S = 4 << 20, 60.0
+SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
+DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
+SILENCE_S = 60.0  # a client that neither sends nor reads for so long is left
+PAGE = Path(__file__).parent / "page"
+KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
+PAGES = {  # looked up once: no name from a request ever reaches the file system
+    "/": ("index.html", "text/html; charset=utf-8"),
+    **{f"/page/{file.name}": (file.name, KINDS[file.suffix]) for file in PAGE.glob("*.*") if file.suffix in KINDS},
+}
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
+NOTHING = "there is nothing of this name here."
+OPEN = ("/health", *PAGES)  # need no key
+POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+log = logging.getLogger("tiny_qmoe_mlx.server")
+
+
+class Handler(mlx_server.APIHandler):
+    """One connection; mlx-lm's class does what lies between a request that has been checked and its answer."""
+
+    timeout = SILENCE_S
+    server_version, sys_version = "tiny-qmoe-mlx", ""
+    response_generator: Generation
+    max_tokens: int
+
+    def __init__(self, *inputs: Any, generation: Generation, grammars: Grammars, fingerprint: str):
+        self.generation, self.grammars = generation, grammars
+        self._unread, self._streaming, self._origin = 0, False, ""
+        super().__init__(generation, *inputs, system_fingerprint=fingerprint)
+
+    # ---- requests
+
+    def do_GET(self) -> None:
+        self._guard(self._get)
+
+    def do_POST(self) -> None:
+        self._guard(self._post)
+
+    def do_OPTIONS(self) -> None:
+        self._guard(super().do_OPTIONS)
+
+    def _guard(self, answer: Callable[[], None]) -> None:
+        """Answer, or say why not."""
+        self.path = self.path.partition("?")[0]
+        try:
+            self._length()
+            self._check_caller()
+            answer()
+        except Refused as refused:
+            self._refuse(refused)
+        except (ConnectionError, TimeoutError) as error:
+            self.generation.counters.left()
+            log.info("%s %s: %s", self.command, self.path, reason(error))
+            self.close_connection = True
+        except Exception as error:  # one request's trouble is not the server's
+            log.error("%s %s failed: %s %s", self.command, self.path, type(error).__name__, reason(error))
+            self._refuse(Refused(500, f"the request failed: {reason(error)}", "internal_error"))
+
+    def _get(self) -> None:
+        if self.path in PAGES:
+            self._send_page(*PAGES[self.path])
+        elif self.path == "/metrics":
+            found = figures.rows(self.generation.stats(), self.generation.counters)
+            self._send(figures.text(found).encode(), figures.CONTENT_TYPE)
+        elif self.path == "/experts":
+            self._send_json(figures.experts(self.generation.stats(), self.generation.cache, self.model_name))
+        elif self.path == "/v1/models" or self.path.startswith("/v1/models/"):
+            self.handle_models_request()
+        else:
+            super().do_GET()
+
+    def _post(self) -> None:
+        if self.path not in COMPLETIONS:
+            raise Refused(404, NOTHING)
+        with self.generation.large if self._unread > SMALL_BYTES else nullcontext():
+            body = self._checked_body()
+        data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
+        del self.headers["Content-Length"]
+        self.headers["Content-Length"] = str(len(data))
+        self.rfile = io.BytesIO(data)
+        try:
+            super().do_POST()
+        finally:
+            self.rfile = connection
+
+    def _checked_body(self) -> dict[str, Any]:
+        body = checks.parse(self._read_body())
+        self._check_model(body)
+        checks.check(body, self.grammars.vocabulary)
+        checks.check_prompt(body, self.path.endswith("/chat/completions"))
+        letters, most = checks.letters(body), self.generation.most_letters
+        if letters > most:  # its tokens would take memory that the budget has not
+            least = letters // self.generation.longest_token
+            raise too_long(f"{letters} characters, at least {least} tokens", self.generation.limit)
+        return body
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        """As mlx-lm's, for a request that fits the budget, when its turn has come."""
+        with self.generation.entered():
+            asked = self._ask(request)
+            try:
+                super().handle_completion(asked, stop_words)
+            finally:
+                self.generation.withdraw(asked)
+
+    def _ask(self, request: Any) -> Asked:
+        if request.tools and not self.generation.model_provider.tokenizer.has_tool_calling:
+            raise Refused(400, "tools: mlx-lm knows no way in which this model calls any; leave them out.")
+        tokenized = self.generation.tokens_of(request, self.chat_template_kwargs)
+        asked = Asked(**vars(request), tokenized=tokenized, gone=self._gone)
+        prompt, limit = len(tokenized[0]), self.generation.limit
+        stated = {"max_tokens", "max_completion_tokens"}.intersection(self.body)
+        if prompt >= limit or (stated and prompt + self.max_tokens > limit):
+            most = f" and max_tokens is {self.max_tokens}" if stated else ""
+            raise too_long(f"{prompt} tokens{most}", limit)
+        self.max_tokens = min(self.max_tokens, limit - prompt)
+        asked.most = prompt + self.max_tokens
+        asked.grammar = self._grammar(tokenized[3] == "reasoning")
+        return asked
+
+    def _grammar(self, thinks: bool) -> Callable | None:
+        found = self.grammars.processor(self.body.get("response_format"), thinks)
+        if found is not None and self.generation.model_provider.draft_model is not None:
+            raise Refused(501, "response_format does not work with --draft-model.", "response_format_unavailable")
+        return found
+
+    # ---- who asks
+
+    def _check_caller(self) -> None:
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        listening = self.generation.cli_args.host
+        if is_local(listening) and host and not is_local(host_of(f"//{host}")):
+            raise Refused(403, f"this server answers to local names, it was called {host[:80]!r}; see --host.")
+        allowed = self.generation.cli_args.allowed_origins
+        if origin is not None and not (
+            origin.partition("://")[2] == host or is_local(host_of(origin)) or {"*", origin}.intersection(allowed)
+        ):
+            raise Refused(403, f"web pages of {origin[:80]} may not ask this server; see --allowed-origins.")
+        self._origin = origin or ""
+        if self.command != "OPTIONS" and self.path not in OPEN:
+            self._check_key()
+
+    def _check_key(self) -> None:
+        key = self.generation.cli_args.api_key
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        known = key is None or (
+            kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
+        )
+        if not known:
+            raise Refused(401, "the header Authorization should be Bearer and this server's key.", "invalid_api_key")
+
+    def _set_cors_headers(self) -> None:
+        """Tell a browser that the page's origin is one that may ask."""
+        if self._origin:
+            self.send_header("Access-Control-Allow-Origin", self._origin)
+            self.send_header("Vary", "Origin")
+            self.send_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
+            self.send_header("Access-Control-Allow-Headers", "Authorization, Content-Type, *")
+
+    # ---- what they ask
+
+    def _length(self) -> None:
+        """Bytes of the body that are to come."""
+        text = self.headers.get("Content-Length")
+        if text is None and self.command == "POST":
+            raise Refused(411, "a request needs the header Content-Length.")
+        if not (text or "0").isdecimal() or len(text or "") > 18:
+            raise Refused(400, f"Content-Length should be a number of bytes, received {str(text)[:40]!r}.")
+        self._unread = int(text or 0)
+
+    def _read_body(self) -> bytes:
+        if self._unread > BODY_BYTES:
+            raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
+        parts, end = [], time.monotonic() + BODY_S
+        while self._unread:
+            parts.append(self.rfile.read1(min(self._unread, 1 << 16)))
+            self._unread -= len(parts[-1])
+            if not parts[-1]:
+                raise ConnectionAbortedError("the client left in mid-request")
+            if time.monotonic() > end:
+                raise Refused(408, f"a request should come within {BODY_S:g} s.")
+        return b"".join(parts)
+
+    @property
+    def model_name(self) -> str:
+        """What this server's model is called."""
+        return self.generation.cli_args.model
+
+    def _check_model(self, body: dict[str, Any]) -> None:
+        known = (self.model_name, self.generation.directory, "default_model")
+        for name, allowed in (("model", known), ("draft_model", ("default_model",)), ("adapters", ())):
+            if name in body and body[name] not in allowed:
+                raise Refused(
+                    404,
+                    f"{name} should be {self.model_name if name == 'model' else 'left out'} on this server, received "
+                    f"{str(body[name])[:80]!r}.",
+                    "model_not_found",
+                )
+        guesses, most = body.get("num_draft_tokens"), self.generation.cli_args.num_draft_tokens
+        if isinstance(guesses, int) and guesses > most:
+            raise Refused(400, f"num_draft_tokens should be at most {most} here, received {str(guesses)[:20]}.")
+
+    def _gone(self) -> bool:
+        """Whether the client has closed the connection."""
+        look = select.poll()
+        look.register(self.connection, select.POLLIN)
+        try:
+            return bool(look.poll(0)) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        except OSError:
+            return True
+
+    # ---- answers
+
+    def validate_model_parameters(self) -> None:
+        """As mlx-lm's, for numbers given as whole ones too."""
+        self.xtc_probability, self.xtc_threshold = map(_as_float, (self.xtc_probability, self.xtc_threshold))
+        super().validate_model_parameters()
+
+    def handle_models_request(self) -> None:
+        """This server's one model, or word that there is no other."""
+        one = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "tiny-qmoe-mlx"}
+        if self.path == "/v1/models":
+            self._send_json({"object": "list", "data": [one]})
+            return
+        self._check_model({"model": self.path.removeprefix("/v1/models/")})
+        self._send_json(one)
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        """mlx-lm is about to answer; where that is an error, it is given OpenAI's shape."""
+        if status_code >= 400:
+            self._raise_as_ours(status_code)
+        super()._set_completion_headers(status_code)
+
+    def _raise_as_ours(self, status: int) -> NoReturn:
+        error = sys.exc_info()[1]
+        if isinstance(error, ConnectionError | Refused):
+            raise error
+        if error is None:
+            raise Refused(status, NOTHING if status == 404 else "generation has stopped; start the server again.")
+        if status != 400:
+            log.error("%s failed: %s %s", self.path, type(error).__name__, reason(error))
+            raise Refused(500, f"the answer could not be computed: {reason(error)}", "internal_error") from error
+        raise Refused(400, reason(error)) from error
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._streaming = True
+
+    def _refuse(self, refused: Refused) -> None:
+        """Say why there is no answer, or no more of it."""
+        data = json.dumps(refused.body).encode()
+        try:
+            if self._streaming:
+                self.wfile.write(b"data: " + data + b"\n\n")
+                return
+            self._headers_buffer: list[bytes] = []  # of an answer that has failed before its first byte
+            self._send(data, "application/json", refused.status, retry=refused.retry)
+            self._read_rest()
+        except OSError:
+            self.generation.counters.left()
+
+    def _read_rest(self) -> None:
+        """Take what the client still sends, so that it gets to read the answer."""
+        left = min(self._unread, DRAIN_BYTES)
+        while left > 0 and (data := self.rfile.read(min(left, 1 << 16))):
+            left -= len(data)
+
+    def _send_page(self, name: str, kind: str) -> None:
+        self._send((PAGE / name).read_bytes(), kind, policy=POLICY)
+
+    def _send_json(self, value: Any) -> None:
+        self._send(json.dumps(value).encode(), "application/json")
+
+    def _send(self, data: bytes, kind: str, status: int = 200, retry: int | None = None, policy: str = "") -> None:
+        self.send_response(status)
+        more = {"Retry-After": retry, "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Type": kind, "Content-Length": len(data), "Cache-Control": "no-cache", **more}
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, str(value))
+        self._set_cors_headers()
+        self.end_headers()
+        self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the HTTP library refuses by itself."""
+        self._refuse(Refused(code, message or "the request is not HTTP as this server speaks it."))
+        self.close_connection = True
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        self.generation.counters.status(int(code))
+        log.info("%s %s %d", getattr(self, "command", None), getattr(self, "path", ""), int(code))
+
+    def log_message(self, format: str, *values: Any) -> None:
+        log.info(format, *values)
+
+
+def too_long(prompt: str, limit: int) -> Refused:
+    """That a prompt, described, has no room within the limit of tokens."""
+    should = f"together with the answer they should be at most the server's context of {limit} tokens"
+    return Refused(400, f"the prompt has {prompt}; {should}.", "context_length_exceeded")
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
+
+
+def host_of(url: str) -> str:
+    """The host's name in a URL; nothing where there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_local(host: str) -> bool:
+    """Whether a host's name means this machine and no other."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,28 @@
+"""A request that is not answered, in OpenAI's words for it."""
+
+from typing import Any
+
+KINDS = {401: "authentication_error", 403: "permission_error"}
+
+
+class Refused(Exception):
+    """What should be and what was received, and the HTTP status that says so.
+
+    code: OpenAI's where it has one (model_not_found, context_length_exceeded, ...); retry: seconds after which to try
+    again.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None, retry: int | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.retry = status, message, code, retry
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """{"error": {"message", "type", "code"}}."""
+        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "code": self.code}}
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
