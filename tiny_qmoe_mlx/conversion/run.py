@@ -32,7 +32,7 @@ from tiny_qmoe_mlx.hub.upload import Uploader
 from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
-from tiny_qmoe_mlx.spec import CODEC, CODED, QMOE, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, CODED, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
 
@@ -235,7 +235,7 @@ def _tokens(
     located: hub.Located, config: dict, settings: Settings, progress: Progress, directory: Path | None = None
 ) -> np.ndarray | None:
     """Calibration tokens; those of a text the model writes itself are kept in the unfinished directory."""
-    source = settings.calibration if settings.codec == CODEC else "none"
+    source = settings.calibration if settings.codec != AFFINE else "none"
     tokenizer = checkpoint.open_tokenizer(located.directory, config)
     sizes = (settings.sequences, settings.sequence_tokens, settings.seed)
 
@@ -249,7 +249,7 @@ def _decided(settings: Settings, located: hub.Located) -> Settings:
     """Calibration "auto" made up: text that the original writes where it fits this machine's memory, else ours."""
     if settings.calibration != "auto":
         return settings
-    fits = settings.codec == CODEC and can_write(located.directory, settings.sequences, settings.sequence_tokens)
+    fits = settings.codec != AFFINE and can_write(located.directory, settings.sequences, settings.sequence_tokens)
     return replace(settings, calibration="self" if fits else "builtin")
 
 
