@@ -1,5 +1,6 @@
 // Products of a few tokens with gathered experts of the qmoe codec (docs/FORMAT.md, section 7), straight from their
-// codewords. After trellis_decode.metal and trellis_gather_qmv.metal, whose record_at, Members and TQ_ parameters it uses.
+// codewords. After trellis_decode.metal and trellis_gather_qmv.metal, whose record_at, Members and TQ_ parameters it
+// uses.
 //
 //   pool    u8, records at base + 128 * table[expert];  ids  u32 or i32 [picks];  table  u32 [experts]
 //   x       T [tokens or picks, columns]
@@ -7,10 +8,10 @@
 //   params  u32 [8]: base, experts, rows of x, picks that share a row of x, columns, rows of the output, matrix, tables
 //
 // Grid: x = rows x 32, y = picks of a row of x, z = rows of x. One simdgroup computes one row for up to W picks of one
-// expert. Its lanes take 32 codewords at once, know by a prefix sum of their lengths where in the row they begin, and visit
-// the weights that are not zero. QMoE's kernel walks the codewords one by one, a lane a weight, zeros included. No memory is
-// shared between lanes, so nothing has to be synchronised. Whatever codewords and places of rows are, nothing outside of
-// the section, the tables and x is read.
+// expert. Its lanes take 32 codewords at once, know by a prefix sum of their lengths where in the row they begin, and
+// visit the weights that are not zero. QMoE's kernel walks the codewords one by one, a lane a weight, zeros included.
+// No memory is shared between lanes, so nothing has to be synchronised. Whatever codewords and places of rows are,
+// nothing outside of the section, the tables and x is read.
 
 #define TQ_TABLES params[7]
 
@@ -50,7 +51,8 @@ METAL_FUNC uint qmoe_codeword(const device uchar* codes, uint c) {
   return c & 1 ? both >> 4 : both & 4095;
 }
 
-// 16 symbols from symbol `at` on, the first in the lowest bits, zeros from `count` on. Two words follow the last symbol.
+// 16 symbols from symbol `at` on, the first in the lowest bits, zeros from `count` on. Two words follow the last
+// symbol.
 template <typename Tables>
 METAL_FUNC uint qmoe_symbols(Tables tables, uint symbols, uint at, uint count) {
   const uint word = symbols + at / 16, shift = at % 16 * 2;

@@ -1,8 +1,8 @@
 // Matrices of the qmoe codec (docs/FORMAT.md, section 7): check, decode, and products with a few tokens.
 //
-// Codewords stand for runs of symbols, 0 for a zero weight; most weights are zeros, so only the others are visited: a pair
-// of bits a symbol, and the lowest set pair is found by counting zeros. Nothing is trusted but the tables, which are the
-// caller's own: every place in a row and every codeword is bounded before it is followed.
+// Codewords stand for runs of symbols, 0 for a zero weight. Most weights are zeros, so only the others are visited: two
+// bits a symbol, and the lowest pair that is not zero is found by counting zeros. Nothing is trusted but the tables,
+// which are the caller's own: every place in a row and every codeword is bounded before it is followed.
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -39,8 +39,8 @@ uint64_t window(const uint32_t* symbols, uint32_t at, int64_t count) {
   return count < kWindow ? v & ((uint64_t{1} << (2 * count)) - 1) : v & ((uint64_t{1} << (2 * kWindow)) - 1);
 }
 
-// Calls visit(column, symbol) for each weight of a row that is not zero, in order; false if the row is not sound, and then
-// none beyond the row has been visited.
+// Calls visit(column, symbol) for each weight of a row that is not zero, in order; false if the row is not sound, and
+// then none beyond the row has been visited.
 template <int Bits, class Visit>
 bool walk(const Matrix& m, int64_t row, Visit&& visit) {
   const int64_t begin = load32(m.offsets + row), end = load32(m.offsets + row + 1);
@@ -100,7 +100,7 @@ bool multiply_row(const Matrix& m, int64_t row, const float* x, int tokens, floa
   return sound;
 }
 
-// Calls work<Bits>(row) for rows over the thread pool; TQ_RECORD if one of them is not sound.
+// Calls work(row) for rows over the thread pool; TQ_RECORD if one of them is not sound.
 template <class Work>
 int over_rows(int64_t first, int64_t last, Work&& work) {
   std::atomic<bool> sound{true};

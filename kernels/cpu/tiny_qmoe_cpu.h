@@ -55,10 +55,10 @@ TQ_API int tq_gather_moe(const uint8_t* pool, uint64_t pool_bytes, const int64_t
 TQ_API int tq_affine_qmv(const uint32_t* weights, const float* scales, const float* biases, int bits, int64_t rows,
                          int64_t columns, const float* x, int tokens, float* y);
 
-// A matrix of the qmoe codec. offsets u32 [rows + 1], codewords before each row; values u16 [rows][levels - 1], bfloat16;
-// codes, `codewords` of `bits` bits (8, 12, 16) each. Codeword c < entries stands for the symbols starts[c] to
-// starts[c + 1] - 1, two bits each, 16 a word, and 8 bytes of zeros follow them. A row's codewords stand for `columns`
-// symbols at least, for `reach` at most, and those beyond the columns are 0.
+// A matrix of the qmoe codec. offsets u32 [rows + 1], codewords before each row; values u16 [rows][levels - 1],
+// bfloat16; codes, `codewords` of `bits` bits (8, 12, 16) each. Codeword c < entries stands for the symbols starts[c]
+// to starts[c + 1] - 1, two bits each, 16 a word, and 8 bytes of zeros follow them. A row's codewords stand for
+// `columns` symbols at least, for `reach` at most, and those beyond the columns are 0.
 typedef struct {
   const uint32_t* offsets;
   const uint16_t* values;

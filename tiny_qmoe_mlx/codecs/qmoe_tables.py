@@ -31,7 +31,7 @@ class Table:
     symbols: np.ndarray
     tree: np.ndarray
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Weights of each codeword, int64 (codewords,)."""
         return np.diff(self.start)
