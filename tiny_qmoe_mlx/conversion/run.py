@@ -32,7 +32,7 @@ from tiny_qmoe_mlx.hub.upload import Uploader
 from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
-from tiny_qmoe_mlx.spec import AFFINE, CODED, QMOE, ModelSpec
+from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODED, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
 
 
