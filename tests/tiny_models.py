@@ -104,8 +104,13 @@ TOP_K = {"ernie4_5_moe": "moe_k"}
 
 
 def make_checkpoint(directory: Path, family: str, seed: int = 0, **overrides) -> Path:
-    """Write a Hugging Face style directory with random weights and a byte tokenizer."""
+    """Write a Hugging Face style directory of a family with random weights and a byte tokenizer."""
     config = {**BASE, "model_type": family, **(FAMILIES | MORE)[family], **overrides}
+    return write_checkpoint(directory, config, seed)
+
+
+def write_checkpoint(directory: Path, config: dict, seed: int = 0) -> Path:
+    """The same for any config of mlx-lm's."""
     mx.random.seed(seed)
     kind, args = _get_classes(config)
     model = kind(args.from_dict(config))
@@ -113,8 +118,9 @@ def make_checkpoint(directory: Path, family: str, seed: int = 0, **overrides) ->
     scaled = [
         (n, w * (3 if w.ndim > 1 else 1) + 0.05 * mx.random.normal(w.shape))
         for n, w in tree_flatten(model.parameters())
+        if mx.issubdtype(w.dtype, mx.floating)
     ]
-    model.load_weights(scaled)
+    model.load_weights(scaled, strict=False)
     directory.mkdir(parents=True, exist_ok=True)
     save_model(directory, model)
     (directory / "config.json").write_text(json.dumps(config))
@@ -162,6 +168,23 @@ def dense_experts(container: Container) -> dict[str, np.ndarray]:
     return out
 
 
+def own_names(model_type: str, weights: dict) -> dict:
+    """A converted model's weights under the names that mlx-lm has for them, where it has its experts otherwise."""
+    if model_type == "muse_spark":
+        return {name.replace(".experts.routed.", ".experts."): array for name, array in weights.items()}
+    if model_type != "dbrx":
+        return weights
+    out = {}
+    for name, array in weights.items():
+        block, found, matrix = name.partition(".ffn.experts.")
+        if found:
+            own = {"gate_proj.weight": "w1", "up_proj.weight": "v1", "down_proj.weight": "w2"}[matrix]
+            out.update({f"{block}{found}{e}.{own}.weight": array[e] for e in range(len(array))})
+        else:
+            out[name] = array
+    return out
+
+
 def plain_model(container: Container):
     """Plain mlx-lm on the dequantized weights: stock classes, stock SwitchGLU, float32."""
 
@@ -171,8 +194,9 @@ def plain_model(container: Container):
         class Plain(base):
             def sanitize(self, weights):
                 kept = {k: w for k, w in weights.items() if not k.endswith((".records", ".checksums"))}
-                kept = base.sanitize(self, kept) if hasattr(base, "sanitize") else kept
-                return {**kept, **{k: mx.array(w) for k, w in dense_experts(container).items()}}
+                # names and values are mlx-lm's own already: its sanitize would change some again
+                named = own_names(config["model_type"], {**kept, **dense_experts(container)})
+                return {name: mx.array(array) for name, array in named.items()}
 
         return Plain, args
 

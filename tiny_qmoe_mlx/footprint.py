@@ -38,8 +38,18 @@ SIZE_KEYS = (
     "vocab_size",
     "qk_rope_head_dim",
     "qk_nope_head_dim",
+    "kv_lora_rank",
     "v_head_dim",
 )
+ALIASES = {  # what some types call them
+    "num_hidden_layers": ("n_layers", "n_layer", "num_layers"),
+    "num_attention_heads": ("n_heads", "n_head", "num_heads"),
+    "num_key_value_heads": ("kv_n_heads", "num_attention_groups"),
+    "hidden_size": ("d_model", "n_embd", "model_dim"),
+    "vocab_size": ("num_vocab",),
+    "max_position_embeddings": ("max_seq_len", "n_positions"),
+}
+PARTS = ("attn_config", "ffn_config")  # objects within a config that some types keep such numbers in
 Matrix = tuple[int, int, int]
 FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "BOOL": 1}
@@ -52,7 +62,7 @@ def program_bytes(directory: Path) -> int:
 
 
 def top_k(config: dict) -> int:
-    text = {**config, **(config.get("text_config") or {})}
+    text = _flat({**config, **(config.get("text_config") or {})})
     found = [text[key] for key in TOP_K_KEYS if isinstance(text.get(key), int)]
     return max([1, *found]) if found else 8
 
@@ -97,11 +107,20 @@ def longest_context(config: dict) -> int:
 
 
 def _text_config(config: dict) -> dict:
-    c = config.get("text_config") or config
+    c = _flat(config.get("text_config") or config)
+    for key, others in ALIASES.items():
+        if c.get(key) is None:
+            c[key] = next((c[other] for other in others if c.get(other) is not None), None)
     for key in SIZE_KEYS:
         if not isinstance(c.get(key), int | None) or (c.get(key) or 0) < 0:
             raise FormatError(f"[config.json] {key} should be a number of at least 0, received {str(c[key])[:80]}.")
     return {key: value for key, value in c.items() if value is not None}
+
+
+def _flat(config: dict) -> dict:
+    """A config with the objects in it that hold sizes spread out; a copy."""
+    parts = [config[name] for name in PARTS if isinstance(config.get(name), dict)]
+    return {key: value for part in (*parts, config) for key, value in part.items()}
 
 
 def kv_bytes(config: dict, context: int, cpu: bool) -> int:
@@ -110,10 +129,23 @@ def kv_bytes(config: dict, context: int, cpu: bool) -> int:
     layers = c.get("num_hidden_layers", 0)
     heads = c.get("num_key_value_heads") or c.get("num_attention_heads", 0)
     per_token = 2 * heads * _head_size(c)
-    if c.get("qk_rope_head_dim"):  # latent attention; some of mlx-lm's models cache it expanded: allow for that
+    if c.get("qk_rope_head_dim"):  # latent attention
         head = c.get("qk_nope_head_dim", 0) + c["qk_rope_head_dim"] + c.get("v_head_dim", 0)
         per_token = c.get("num_attention_heads", 0) * head
+        if c.get("kv_lora_rank") and _caches_latent(c):  # twice: a layer may have two, or an index beside one
+            per_token = min(per_token, 2 * (c["kv_lora_rank"] + c["qk_rope_head_dim"]))
     return layers * per_token * (context + KV_STEP) * (4 if cpu else 2)
+
+
+def _caches_latent(config: dict) -> bool:
+    """Whether mlx-lm's model caches the latent itself; some of its models cache keys and values expanded from it."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        kind, _ = _get_classes(config)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return hasattr(sys.modules[kind.__module__], "MultiLinear")
 
 
 def _head_size(c: dict) -> int:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, load_model
+from mlx_lm.utils import load_model
 
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe, whole
@@ -29,7 +29,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import Memory, RecordExperts, use_cpu_kernels
 from tiny_qmoe_mlx.model_file import NOT_RUN
-from tiny_qmoe_mlx.original import checkpoint, dense
+from tiny_qmoe_mlx.original import adapted, checkpoint, dense
 from tiny_qmoe_mlx.spec import CODEC, QMOE, ModelSpec
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
@@ -169,7 +169,7 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
     """
 
     def classes(config: dict) -> tuple[type, type]:
-        base, args = _get_classes(config)
+        base, args = adapted.model_classes(config)
 
         class Model(base):  # type: ignore[valid-type, misc]
             def __init__(self, args: Any):
@@ -186,10 +186,9 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
                     return super().__call__(*inputs, **options)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                records = tuple(f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums"))
-                records += (tuples.TENSOR,)
-                kept = {name: w for name, w in weights.items() if name not in records}
-                return super().sanitize(kept) if hasattr(base, "sanitize") else kept
+                # names and values are the module's own already: mlx-lm's sanitize would change some again
+                records = {f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums")}
+                return {name: w for name, w in weights.items() if name not in (*records, tuples.TENSOR)}
 
             def __enter__(self) -> "Model":
                 return self

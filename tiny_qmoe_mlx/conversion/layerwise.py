@@ -19,6 +19,12 @@ from tiny_qmoe_mlx.original.checkpoint import named_modules
 TOKENS_AT_ONCE = 1024  # of a layer's call: what bounds its activations
 Call = Callable[[np.ndarray], mx.array]  # a decoder layer on a stream (sequences, length, d) float32
 Visit = Callable[[int, nn.Module, Call, mx.array], mx.array]
+UNFIT = "this model type is not supported yet, only --calibration none can convert it."
+
+
+class Withheld:
+    """Stands for what a decoder layer returns beside its output, for later layers. They run on other streams at other
+    times, so none may use it."""
 
 
 class _Passed(Exception):
@@ -73,8 +79,7 @@ def run_layers(model: nn.Module, tokens: np.ndarray, visit: Visit, to_logits: bo
             layer.__class__ = kind
     if visited != list(range(len(layers))):
         raise FormatError(
-            f"[convert] the tokens should pass layers 0 to {len(layers) - 1} in order, they passed {visited}; this "
-            "model type is not supported yet, only --calibration none can convert it."
+            f"[convert] the tokens should pass layers 0 to {len(layers) - 1} in order, they passed {visited}; {UNFIT}"
         )
     return logits
 
@@ -82,17 +87,36 @@ def run_layers(model: nn.Module, tokens: np.ndarray, visit: Visit, to_logits: bo
 def _watched(index: int, kind: type, visit: Visit, visited: list[int], last: int) -> type:
     """The layer's class with a call that goes through `visit`; attributes that the model asks for stay."""
 
-    def call(self: nn.Module, x: mx.array, *args: object, **kwargs: object) -> mx.array:
-        def own(stream: np.ndarray) -> mx.array:
-            return kind.__call__(self, mx.array(stream).astype(x.dtype), *args, **kwargs)
+    def call(self: nn.Module, x: mx.array, *args: object, **kwargs: object) -> mx.array | tuple:
+        if any(isinstance(given, Withheld) for given in (*args, *kwargs.values())):
+            raise FormatError(f"[convert] layer {index} should need nothing of earlier ones but their output; {UNFIT}")
 
+        def own(stream: np.ndarray) -> mx.array:
+            y = kind.__call__(self, mx.array(stream).astype(x.dtype), *args, **kwargs)
+            return y[0] if isinstance(y, tuple) else y
+
+        if not hasattr(self, "withheld"):  # its weights may be forgotten after the first visit
+            self.withheld = _more(kind, self, x, *args, **kwargs)
         y = visit(index, self, own, x)
         visited.append(index)
         if index == last:
             raise _Passed
-        return y
+        return (y, *(Withheld() for _ in range(self.withheld))) if self.withheld else y
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _more(kind: type, layer: nn.Module, x: mx.array, *args: object, **kwargs: object) -> int:
+    """How many things a layer returns beside its output, by a call of which nothing is computed."""
+    stands = [module for module in layer.modules() if isinstance(module, Experts)]
+    for module in stands:
+        module._answer = lambda x, indices: mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
+    try:
+        y = kind.__call__(layer, x, *args, **kwargs)
+    finally:
+        for module in stands:
+            module._answer = None
+    return len(y) - 1 if isinstance(y, tuple) else 0
 
 
 def as_float32(module: nn.Module) -> None:

@@ -7,7 +7,6 @@ here but the experts that are asked for, a few at a time (source.py).
 
 import copy
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,17 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.original import dense, shipped
+from tiny_qmoe_mlx.original.adapted import MATRIX_NAMES, model_classes
 from tiny_qmoe_mlx.original.source import Source
 from tiny_qmoe_mlx.spec import LayerSpec, expert_file_name
-
-MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,7 @@ def _why(config: dict, error: Exception) -> str:
 
 def _classes(config: dict) -> tuple[type, type]:
     """mlx-lm's classes for a config; 8-bit floats with block scales are made plain for every family."""
-    from mlx_lm.utils import _get_classes
-
-    base, arguments = _get_classes(config)
+    base, arguments = model_classes(config)
     quantization: Any = config.get("quantization_config")
     if not shipped.block_scaled(quantization):
         return base, arguments
@@ -178,20 +175,68 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     """Every layer of routed experts, in the order in which tokens pass them.
 
     Raises:
-        FormatError: the model has none.
+        FormatError: the model has none, or some that this program would compute wrongly.
     """
-    found: list[ExpertLayer] = []
-    source = getattr(model, "source", None)
+    source, places = getattr(model, "source", None), _decoder_layers(model)
+    found: dict[int, ExpertLayer] = {}
     for path, module in named_modules(model):
-        if isinstance(module, tuple(MATRIX_NAMES)):
-            index = re.search(r"\.(\d+)\.", path)
-            files = None if isinstance(module, dense.Only) else source
-            found.append(ExpertLayer(path, int(index.group(1)) if index else len(found), module, files))
+        if not isinstance(module, tuple(MATRIX_NAMES)):
+            continue
+        _require_plain(path, module)
+        layer = next((index for place, index in places.items() if path.startswith(f"{place}.")), None)
+        if layer is None:
+            raise FormatError(
+                f"[model] routed experts should lie in one of the model's decoder layers, {path} does not; this model "
+                "type is not supported."
+            )
+        if layer in found:
+            raise FormatError(
+                f"[model] a decoder layer should have one layer of routed experts, received {found[layer].path} and "
+                f"{path} in layer {layer}; this model type is not supported."
+            )
+        files = None if isinstance(module, dense.Only) else source
+        found[layer] = ExpertLayer(path, layer, module, files)
     if not found:
+        raise FormatError(_none_found(model))
+    return [found[layer] for layer in sorted(found)]
+
+
+def _decoder_layers(model: nn.Module) -> dict[str, int]:
+    """Path of every decoder layer -> its place in the order in which tokens pass them."""
+    paths = {id(module): path for path, module in named_modules(model)}
+    return {paths[id(layer)]: index for index, layer in enumerate(getattr(model, "layers", None) or [])}
+
+
+def _require_plain(path: str, module: nn.Module) -> None:
+    """Refuse experts that compute, or hold, something that mlx-lm's own do not.
+
+    Raises:
+        FormatError: with the reason.
+    """
+    kind = next(k for k in MATRIX_NAMES if isinstance(module, k))
+    names, own = MATRIX_NAMES[kind], type(module)
+    more = [name for name in dict(tree_flatten(module.parameters())) if name.split(".")[0] not in names]
+    reason = None
+    if own.__call__ is not kind.__call__:
+        reason = f"a {own.__name__} that computes in its own way"
+    elif any(type(module[name]) not in (SwitchLinear, QuantizedSwitchLinear) for name in names):
+        reason = "matrices of a class of their own"
+    elif more:
+        reason = f"{more[0]} beside the matrices"
+    if reason:
         raise FormatError(
-            "[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found."
+            f"[model] routed experts should be mlx-lm's {kind.__name__}, {path} has {reason}; this model type is not "
+            "supported."
         )
-    return sorted(found, key=lambda e: e.layer)
+
+
+def _none_found(model: nn.Module) -> str:
+    if other := dense.other_experts(model):
+        return (
+            f"[model] routed experts should be mlx-lm's SwitchGLU or SwitchMLP, {other} is of another kind; this model "
+            "type is not supported."
+        )
+    return "[model] the model should have routed experts (mlx-lm's SwitchGLU or SwitchMLP), none were found."
 
 
 def matrix_shapes(layer: ExpertLayer) -> list[tuple[str, int, int]]:
@@ -286,7 +331,8 @@ def require_finite_experts(layer: ExpertLayer, name: str, values: mx.array | np.
 
 
 def _float32(array: mx.array) -> np.ndarray:
-    values = np.array(array.astype(mx.float32))  # copied, so that MLX's own array is freed
+    # copied, so that MLX's own array is freed; in C order, since a sum over another order differs in its last bit
+    values = np.array(array.astype(mx.float32), order="C")
     del array
     mx.clear_cache()
     return values

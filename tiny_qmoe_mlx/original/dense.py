@@ -2,11 +2,12 @@
 others, coded by the trellis and streamed layer by layer.
 """
 
+import re
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU, SwitchMLP
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear, SwitchMLP
 
 from tiny_qmoe_mlx.errors import FormatError
 
@@ -37,8 +38,17 @@ class Only(SwitchGLU):
 
 
 def is_mixture(model: nn.Module) -> bool:
-    """Whether a model has routed experts."""
-    return any(isinstance(module, SwitchGLU | SwitchMLP) for module in model.modules())
+    """Whether a model has routed experts, of a kind that is known or not."""
+    known = any(isinstance(module, SwitchGLU | SwitchMLP) for module in model.modules())
+    return known or other_experts(model) is not None
+
+
+def other_experts(model: nn.Module) -> str | None:
+    """Where routed experts lie in a model that has neither SwitchGLU nor SwitchMLP; None where there are none."""
+    for path, module in model.named_modules():
+        if isinstance(module, SwitchLinear | QuantizedSwitchLinear) or re.search(r"\.experts(\.\d+)?$", str(path)):
+            return str(path)
+    return None
 
 
 def as_mixture(model: nn.Module) -> None:

@@ -7,6 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.original.adapted import MATRIX_NAMES
 
 KEEPS = "--codec affine keeps the experts' codes bit for bit, --codec trellis codes their values anew"
 FORMATS = {
@@ -103,16 +107,39 @@ def dequantize_rest(model: nn.Module) -> int:
 
     Returns:
         How many.
+
+    Raises:
+        FormatError: a layer holds packed weights of a kind that only its own class can read.
     """
-    plain = [(path, _plain(module)) for path, module in model.named_modules() if type(module) in PLAIN]
+    named = [(str(path), module) for path, module in model.named_modules()]
+    experts = tuple(f"{path}." for path, module in named if isinstance(module, tuple(MATRIX_NAMES)))
+    rest = [(path, module) for path, module in named if not path.startswith(experts)]
+    for path, module in rest:
+        _require_known(path, module)
+    plain = [(path, _plain(module)) for path, module in rest if type(module) in PLAIN]
     model.update_modules(tree_unflatten(plain))
     return len(plain)
+
+
+def _require_known(path: str, module: nn.Module) -> None:
+    weight = module.get("weight")
+    if type(module) in PLAIN or not isinstance(weight, mx.array) or mx.issubdtype(weight.dtype, mx.floating):
+        return
+    raise FormatError(
+        f"[model] weights should be plain or quantized by MLX, {path} is a {type(module).__name__} of packed "
+        f"{_word(weight)}, which is not supported; give a bfloat16 checkpoint of the model."
+    )
+
+
+def _word(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 PLAIN: dict[type, Callable[[], nn.Module]] = {
     nn.QuantizedLinear: lambda: nn.Linear(1, 1, bias=False),
     nn.QuantizedEmbedding: lambda: nn.Embedding(1, 1),
     QuantizedMultiLinear: lambda: MultiLinear(1, 1, 1),
+    QuantizedSwitchLinear: lambda: SwitchLinear(1, 1, 1, bias=False),
 }
 
 
