@@ -139,7 +139,8 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--pools", default=POOLS, help=f"sizes, or shares of all records (default {POOLS})")
+    pools = f"sizes, or shares of all records (default {POOLS})".replace("%", "%%")
+    parser.add_argument("--pools", default=POOLS, help=pools)
     parser.add_argument("--least", type=int, default=8, help="fewest slots of a record size: the model's top k")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

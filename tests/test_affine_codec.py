@@ -208,7 +208,7 @@ WRONG = [
     (("packing", 0, "bias"), None, "should have a bias type"),
     (("packing", 0, "bias"), "int8", "bias should be one of"),
     (("packing", 0, "bias"), {}, "bias should be one of"),
-    (("packing",), [], "a packing if and only if codec is not trellis"),
+    (("packing",), [], "a packing unless codec is trellis or qmoe"),
     (("packing",), None, "packing should be a list"),
     (("packing",), [3], "packing should be an object with"),
     (("packing",), [{"mode": "affine"}], "packing should be an object with"),
@@ -233,5 +233,5 @@ def test_wrong_words_are_refused(place, value, message):
 def test_codec_and_packing_belong_together():
     with pytest.raises(FormatError, match="length and seed of codec affine should be 0"):
         dataclasses.replace(MODEL, length=12)
-    with pytest.raises(FormatError, match="a packing if and only if codec is not trellis"):
+    with pytest.raises(FormatError, match="a packing unless codec is trellis or qmoe"):
         dataclasses.replace(MODEL, codec="trellis", length=12)

@@ -174,13 +174,21 @@ def decoding(tokenizer: Any, draft: Any, cache: Any, args: "argparse.Namespace")
 
 
 def _watch(model: Any, responses: "Iterable[GenerationResponse]", quiet: bool) -> dict[str, Any]:
-    """Print the text as it comes, unless quiet, and end its line whatever happens; the run's figures."""
+    """Print the text as it comes, unless quiet, and end the line that it began whatever happens; the run's figures."""
     if quiet:
         return measure(model, responses)
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        begun = True
+        write(text)
+
     try:
-        return measure(model, responses, write)
+        return measure(model, responses, show)
     finally:
-        print()
+        if begun:
+            print()
 
 
 def write(text: str) -> None:
