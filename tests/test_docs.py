@@ -18,6 +18,7 @@ import urllib.request
 from functools import lru_cache
 from pathlib import Path
 
+import api_reference
 import pytest
 import tiny_models
 from chat_model import TEMPLATE
@@ -59,6 +60,13 @@ def test_every_command_is_of_a_kind_that_is_checked():
     kinds = r"tiny_qmoe_mlx\.|mlx_lm\.|make |pytest |pip |\.ci/run|python (benchmarks|examples|tests)/|PYTHON="
     for page, line in COMMANDS:
         assert re.search(kinds, line), f"{page}: {line}"
+
+
+def test_the_reference_has_todays_docstrings():
+    """Signatures aside, whose types Python's versions print in different words."""
+    pages = api_reference.PAGE.read_text(), api_reference.page()
+    written, made = (re.sub(r"(?m)^\w+\(.*$", "", page) for page in pages)
+    assert written == made, "run python tests/api_reference.py"
 
 
 @pytest.mark.parametrize("line", sorted({line for _, line in COMMANDS if "make " in line}))
