@@ -13,10 +13,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.budget import DEFAULT_CONTEXT
+from tiny_qmoe_mlx.chat_template import Message, render
 from tiny_qmoe_mlx.generate import stream_generate
 
 ROLES = ("system", "user", "assistant")
-Message = dict[str, str]
 TRIAL = {"role": "user", "content": "."}  # the shortest question: what refuses it would refuse any
 
 
@@ -26,20 +26,6 @@ class ContextFull(ValueError):
 
 class _Stopped(Exception):
     """Somebody asked to stop while the prompt was being read."""
-
-
-def render(tokenizer: TokenizerWrapper, messages: Sequence[Message], advice: str = "", **how: Any) -> str:
-    """Messages in the model's chat template.
-
-    Raises:
-        ValueError: the template refuses them; advice is added to the sentence.
-    """
-    try:
-        return tokenizer.apply_chat_template(list(messages), **how)
-    except Exception as error:  # templates are programs, and raise what they like
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        sentence = f"[prompt] the model's chat template refuses it: {reason}"
-        raise ValueError(f"{sentence}; {advice}." if advice else f"{sentence}.") from error
 
 
 class Conversation:

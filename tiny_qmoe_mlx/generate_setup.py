@@ -17,8 +17,8 @@ from mlx_lm.utils import _get_classes, load_model
 from safetensors import SafetensorError, safe_open
 
 from tiny_qmoe_mlx import budget, footprint, lookahead
+from tiny_qmoe_mlx.chat_template import render
 from tiny_qmoe_mlx.container import open_model
-from tiny_qmoe_mlx.conversation import render
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
