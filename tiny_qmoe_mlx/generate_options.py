@@ -115,14 +115,19 @@ def add_sampling(to: argparse.ArgumentParser) -> None:
     to.add_argument("--seed", type=int, help="of the sampling (default 0)")
 
 
-def add_memory(to: argparse.ArgumentParser) -> None:
-    """Add the options of the budget and of the KV cache, which is part of it."""
+def add_budget(to: argparse.ArgumentParser) -> None:
+    """Add --memory."""
     to.add_argument(
         "--memory",
         default="auto",
         metavar="6GB|60%|auto",
         help="budget for everything the process holds (default auto: at most 65%% of the machine)",
     )
+
+
+def add_memory(to: argparse.ArgumentParser) -> None:
+    """Add the options of the budget and of the KV cache, which is part of it."""
+    add_budget(to)
     to.add_argument(
         "--context",
         type=int,

@@ -19,15 +19,6 @@ const Kernels* available(int index) {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-template <class Work>
-int guarded(Work&& work) {
-  try {
-    return work();
-  } catch (...) {  // memory or threads are exhausted
-    return TQ_MEMORY;
-  }
-}
-
 }  // namespace
 
 const Kernels& active_kernels() {

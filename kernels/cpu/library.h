@@ -11,6 +11,16 @@
 
 namespace tqmoe {
 
+// What a function of the C interface returns: no exception leaves the library.
+template <class Work>
+int guarded(Work&& work) {
+  try {
+    return work();
+  } catch (...) {  // memory or threads are exhausted
+    return TQ_MEMORY;
+  }
+}
+
 const Kernels& active_kernels();
 
 void affine_product(AffineJob job);

@@ -138,15 +138,6 @@ int multiply(const Matrix& m, const float* x, int tokens, float* y) {
   return over_rows(0, m.rows, [&](int64_t row) { return multiply_row<Bits, width>(m, row, turned.data(), tokens, y); });
 }
 
-template <class Work>
-int guarded(Work&& work) {
-  try {
-    return work();
-  } catch (...) {  // memory or threads are exhausted
-    return TQ_MEMORY;
-  }
-}
-
 }  // namespace
 }  // namespace tqmoe
 

@@ -80,12 +80,7 @@ def add_network(to: argparse.ArgumentParser) -> None:
 
 def add_budget(to: argparse.ArgumentParser) -> None:
     """Add the options of the budget, and of how much is computed at once."""
-    to.add_argument(
-        "--memory",
-        default="auto",
-        metavar="6GB|60%|auto",
-        help="budget for everything the process holds (default auto: at most 65%% of the machine)",
-    )
+    generate_options.add_budget(to)
     to.add_argument(
         "--context",
         type=int,
@@ -165,11 +160,15 @@ def api_key(file: str | None) -> str | None:
     """The key in a file: its text without the white space around it.
 
     Raises:
-        ValueError: there is none, or it could not be sent in a header.
+        ValueError: the file cannot be read, holds no key, or one that could not be sent in a header.
     """
     if file is None:
         return None
-    text = Path(file).read_text(errors="replace").strip()
+    try:
+        text = Path(file).read_text(errors="replace").strip()
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"[server] --api-key-file should name a file with a key, {file}: {why}.") from error
     if not text or not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError(f"[server] --api-key-file should hold one key of visible ASCII characters, {file} does not.")
     return text
