@@ -22,7 +22,6 @@ import api_reference
 import pytest
 import tiny_models
 from chat_model import TEMPLATE
-from command_fixtures import WORDS
 from commands import environment
 
 from tiny_qmoe_mlx import native
@@ -107,7 +106,7 @@ def place(root: Path) -> Path:
     source = tiny_models.make_checkpoint(root / "Qwen/Qwen3-30B-A3B", "qwen3_moe", **RANDOM_MODEL)
     tokenizer = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": TEMPLATE}))
-    (root / "held-out.txt").write_text(" ".join(WORDS * 60))
+    (root / "held-out.txt").write_text("the river runs under the old stone bridge in the rain " * 120)
     return root
 
 
