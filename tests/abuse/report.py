@@ -1,0 +1,55 @@
+"""docs/RELIABILITY.md from the records in results/.
+
+PYTHONPATH=tests python -m abuse.report
+"""
+
+from pathlib import Path
+
+from abuse.record import Record, read_all
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "RELIABILITY.md"
+SECTIONS = {
+    1: "Hostile models",
+    2: "Faults in reading",
+    3: "Faults in writing",
+    4: "Silent corruption",
+    5: "Memory",
+    6: "Server under load",
+    7: "Concurrency",
+    8: "Numbers",
+}
+HEAD = """# Reliability
+
+What tries to break each promise, the command, and what came out. Made by `make reliability` (hours); `make test` runs about a
+minute of each. The threat model is in [SECURITY](SECURITY.md). Commands run in the repository with `PYTHONPATH=tests`.
+"""
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def shown(figure: int | float | str) -> str:
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4g}" if isinstance(figure, float) else figure
+
+
+def section(record: Record) -> str:
+    lines = [f"**{record.promise}** " + ("Held." if not record.broken else f"Broken {record.broken} times."), ""]
+    lines += [f"    {record.command}", ""]
+    lines += [f"{duration(record.seconds)} on {record.machine}, {record.day}.", "", "| | |", "| --- | --- |"]
+    lines += [f"| {words} | {shown(figure)} |" for words, figure in record.figures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def page(records: list[Record]) -> str:
+    """The whole text; items without a record are named as not run."""
+    parts = [HEAD]
+    for item, title in SECTIONS.items():
+        parts.append(f"## {item}. {title}\n")
+        parts += [section(record) for record in records if record.item == item] or ["Not run.\n"]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read_all()))
+    print(f"wrote {PAGE}")
