@@ -1,4 +1,4 @@
-"""One file a run: what was promised, which command tried to break it, for how long, on what machine, and what came out."""
+"""One file a run: what was promised, which command tried to break it, how long and where, and what came out."""
 
 import json
 import os

@@ -20,8 +20,8 @@ SECTIONS = {
 }
 HEAD = """# Reliability
 
-What tries to break each promise, the command, and what came out. Made by `make reliability` (hours); `make test` runs about a
-minute of each. The threat model is in [SECURITY](SECURITY.md). Commands run in the repository with `PYTHONPATH=tests`.
+What tries to break each promise, the command, and what came out. Made by `make reliability` (hours); `make test` runs a
+short version of each. The threat model is in [SECURITY](SECURITY.md). Commands run in the repository with `PYTHONPATH=tests`.
 """
 
 
