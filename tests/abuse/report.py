@@ -21,7 +21,8 @@ SECTIONS = {
 HEAD = """# Reliability
 
 What tries to break each promise, the command, and what came out. Made by `make reliability` (hours); `make test` runs a
-short version of each. The threat model is in [SECURITY](SECURITY.md). Commands run in the repository with `PYTHONPATH=tests`.
+short version of each. The threat model is in [SECURITY](SECURITY.md). Commands run in the repository, with
+`PYTHONPATH=tests`.
 """
 
 
