@@ -169,6 +169,12 @@ def test_weights_are_checked_without_calibration_too(source, here):
 # ---- where the result should go
 
 
+def test_a_revision_of_a_directory_is_refused(source, tmp_path, here):
+    asked = here("convert", "--hf-path", source, "--mlx-path", tmp_path / "new", "--revision", "v2")
+    assert f"{source} is on this disk; leave --revision out" in refusal(asked)
+    assert not (tmp_path / "new").exists()
+
+
 def test_overwrite_replaces_ours_and_nothing_else(checkpoint, model, here):
     root, manifest = model.parent, (model / MANIFEST).read_bytes()
     command = ("convert", "--hf-path", checkpoint, "--mlx-path", model, "--calibration", "none")

@@ -264,4 +264,4 @@ def test_a_trace_that_is_not_there_says_what_writes_one(here, converted, tmp_pat
 
 
 def test_a_revision_is_the_hubs(here, converted):
-    assert "--revision is that of a model on the hub" in refusal(here("plan", "--model", converted, "--revision", "x"))
+    assert "leave --revision out" in refusal(here("plan", "--model", converted, "--revision", "x"))

@@ -188,13 +188,13 @@ def main(argv: list[str]) -> int:
 
 def _plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The plan of a model on this machine, or of the headers of one on the hub, which are fetched into a folder."""
+    from tiny_qmoe_mlx.hub.client import require_no_revision
     from tiny_qmoe_mlx.hub.headers import skeleton
 
     quiet = args.quiet or args.json
     options = (args.memory, args.context, not args.no_probe, args.profile, args.trace)
     if args.model == locate.DEMO or Path(args.model).expanduser().exists():
-        if args.revision is not None:
-            raise ValueError(f"[plan] --revision is that of a model on the hub, {args.model} is on this machine.")
+        require_no_revision(args.model, args.revision)
         directory = locate.model_directory(args.model, quiet)
         found = plan(directory, *options)
     else:

@@ -50,13 +50,27 @@ def locate(model: str, revision: str | None = None, quiet: bool = False) -> Loca
 
     Raises:
         FormatError: neither a directory nor a repository that can be had.
+        ValueError: a revision of a directory.
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        require_no_revision(model, revision)
         return Located(path)
     require_id(model)
     directory = download(model, revision, [*WORDS, WEIGHTS], quiet)
     return Located(directory, model, commit_of(directory))
+
+
+def require_no_revision(model: str, revision: str | None) -> None:
+    """Refuse a revision of what lies on this disk: it would change nothing.
+
+    Raises:
+        ValueError: one was asked for.
+    """
+    if revision is not None:
+        raise ValueError(
+            f"[model] a revision is that of a repository on the hub, {model} is on this disk; leave --revision out."
+        )
 
 
 def require_id(model: str) -> None:
