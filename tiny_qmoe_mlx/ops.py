@@ -146,7 +146,8 @@ def on_gpu() -> bool:
     return metal.available()
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
+    """What the paths of kernels on this GPU are counted under."""
     return "cuda" if cuda.available() else "metal"
 
 
@@ -173,13 +174,13 @@ def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: Expert
     in x's dtype, lazily.
     """
     if kind.packing:
-        dispatch.counts[f"affine {_gpu()}"] += 1
+        dispatch.counts[f"affine {gpu_name()}"] += 1
         return affine_product.gather(x, indices, records, kind)
     if kind.coding is not None:
-        dispatch.counts[f"qmoe {_gpu()}"] += 1
+        dispatch.counts[f"qmoe {gpu_name()}"] += 1
         return qmoe_product.gather(x, indices, records, kind)
     phase = "decode" if x.size // x.shape[-1] <= DECODE_TOKENS else "prefill"
-    dispatch.counts[f"{phase} {_gpu()}"] += 1
+    dispatch.counts[f"{phase} {gpu_name()}"] += 1
     return metal.experts(x, indices, records, kind.for_metal)
 
 
@@ -205,7 +206,7 @@ def gpu_many(
     if not kind.trellis:
         chosen = mx.array(of.astype(np.int32))[:, None]
         return gpu_few(z[mx.array(rows.astype(np.int32))], chosen, records, kind, dispatch)[:, 0]
-    dispatch.counts[f"prefill {_gpu()}"] += 1
+    dispatch.counts[f"prefill {gpu_name()}"] += 1
     place = mx.array(np.searchsorted(experts, of).astype(np.uint32))
     ids = mx.array(experts.astype(np.uint32))
     return metal.expert_group(z, mx.array(rows.astype(np.int32)), place, ids, records, kind.for_metal)
