@@ -27,14 +27,14 @@ def layer_seconds(container: Container) -> float:
     """
     layer = container.spec.layers[len(container.spec.layers) // 2]
     kind = _cut(layer)
-    record, table = _record(kind, container)
+    record = _record(kind, container)
     modules = [_module(*shape, own) for shape, own in zip(kind.shapes, kind.packing, strict=True)]
     dtype = mx.float16 if ops.on_gpu() else mx.float32
     place = (mx.array(record), 0, 0) if ops.on_gpu() else None
     inputs = {columns: mx.random.normal((1, 1, columns)).astype(dtype) for _, columns in kind.shapes}
 
     def one() -> None:
-        whole.expand_into(modules, record, kind, "noise", table, dtype, place)
+        whole.expand_into(modules, record, kind, "noise", None, dtype, place)
         outputs = [m(inputs[columns]) for m, (_, columns) in zip(modules, kind.shapes, strict=True)]
         small = next(iter(inputs.values()))
         for _ in range(SMALL_OPS):
@@ -47,11 +47,11 @@ def layer_seconds(container: Container) -> float:
 def record_seconds(container: Container) -> float:
     """Seconds of a weight's share of decoding an expert's coded record into the affine one that is computed with."""
     kind = _cut(container.spec.layers[len(container.spec.layers) // 2])
-    record, table = _record(kind, container)
+    record = _record(kind, container)
     size = affine.layout(tuple(kind.shapes), kind.packing)[1]
 
     def one() -> None:
-        arrays = [matrix.arrays for matrix in expand(record, kind, "noise", table)]
+        arrays = [matrix.arrays for matrix in expand(record, kind, "noise", None)]
         affine.pack(arrays, kind.shapes, kind.packing, size)
 
     return probes.seconds(one, runs=7, warmup=2) / sum(r * c for r, c in kind.shapes)
@@ -68,14 +68,13 @@ def _cut(layer: LayerSpec) -> ExpertKind:
     return ExpertKind(matrices, layer.bias, 0, 0, 0, nn.Identity(), layer.packing, None, True)
 
 
-def _record(kind: ExpertKind, container: Container) -> tuple[np.ndarray, np.ndarray | None]:
-    """A record of noise, coded as the model's are, and its table of 4-tuples."""
+def _record(kind: ExpertKind, container: Container) -> np.ndarray:
+    """A record of noise, coded as the model's are. Tiny-QMoE's table makes hardly any model's codes smaller: with one,
+    they lie as they are.
+    """
     rng = np.random.default_rng(SEED)
     found = [_arrays(rng, *shape, own) for shape, own in zip(kind.shapes, kind.packing, strict=True)]
-    if tuples.FILE not in container.files:
-        return packed.pack(found, kind.shapes, kind.packing, "rans"), None
-    table = tuples.make_table([arrays["weight"].reshape(-1) for arrays in found])
-    return packed.pack(found, kind.shapes, kind.packing, "tuples", table), table
+    return packed.pack(found, kind.shapes, kind.packing, "tuples" if tuples.FILE in container.files else "rans")
 
 
 def _arrays(rng: np.random.Generator, rows: int, columns: int, own: Packing) -> dict[str, np.ndarray]:

@@ -35,7 +35,8 @@ class ExpertStore:
     """
 
     def __init__(self, container: Container, kinds: list[ExpertKind], checks: str = "first"):
-        """checks: which reads have their checksum verified: of a record's "first" touch, "always" or "never".
+        """kinds: of the layers; none of a store that reads records as they lie. checks: which reads have their checksum
+        verified: of a record's "first" touch, "always" or "never".
 
         Raises:
             ValueError: another word.
@@ -84,7 +85,8 @@ class ExpertStore:
             OSError: the disk could not be read; names file, layer and expert.
         """
         spec = self.container.spec.layers[layer]
-        records = [np.empty(spec.record_bytes, np.uint8) if spec.expands else p[: spec.record_bytes] for p in into]
+        expands = spec.expands and bool(self.kinds)
+        records = [np.empty(spec.record_bytes, np.uint8) if expands else p[: spec.record_bytes] for p in into]
         for pause in (*PAUSES, None):
             try:
                 self._fill(layer, experts[0], records)
@@ -102,7 +104,7 @@ class ExpertStore:
             if self.checks == "always" or (self.checks == "first" and (layer, expert) not in self._checked):
                 self._check(layer, expert, record)
         self._check_unchanged(layer)
-        if spec.expands:
+        if expands:
             for expert, record, part in zip(experts, records, into, strict=True):
                 self._expand(layer, expert, record, part)
 
