@@ -67,8 +67,8 @@ def test_8_bit_codes_of_noise(model, name, method):
     """As those of real weights: none is smaller by the table of 4-tuples, all are by rANS."""
     opened = model(name)
     record = coded_probe._record(coded_probe._cut(opened.spec.layers[1]), opened)
-    codes = packed.methods(record)[:: 4 if "128" in name else 6]  # the first plane of each matrix
-    assert len(codes) == 7 and {m for m, _ in codes} == {method}
+    codes = [m for m, size in packed.methods(record) if size > 50_000]  # of matrices whose table is small beside them
+    assert len(codes) == 3 and set(codes) == {method}
 
 
 def test_a_large_layer_is_cut_in_rows(model):

@@ -85,7 +85,7 @@ def expand_into(
         return
     for module, matrix in zip(modules, expand(record, kind, where, table), strict=True):
         if matrix.packing.mode == "levels":
-            module.weight = mx.array(packed.values(matrix)).astype(dtype)
+            fill(module, {"weight": mx.array(packed.values(matrix)).astype(dtype)}, dtype)
             continue
         fill(module, {name: _typed(array, name, matrix.packing) for name, array in matrix.arrays.items()}, dtype)
         mx.eval([module[name] for name in matrix.arrays])

@@ -7,7 +7,7 @@ record says. A plane of 4-bit codes has two of them in a byte. A float gives its
 a plane of its own (as DFloat11, arXiv 2504.11651, does for bfloat16).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,15 +235,25 @@ def expand(
     Raises:
         FormatError: what is wrong.
     """
+    return list(each(data, shapes, packing, where, table, decode))
+
+
+def each(
+    data: np.ndarray,
+    shapes: Shapes,
+    packing: tuple[Packing, ...],
+    where: str,
+    table: np.ndarray | None = None,
+    decode: Decode = rans.decode,
+) -> Iterator[Matrix]:
+    """The same one matrix after the other: a record of a whole decoder layer is large."""
     planes = iter(parse(data, shapes, packing, where, table))
-    matrices = []
     for own, parts in zip(packing, affine.layout(tuple(shapes), packing)[0], strict=True):
         matrix = Matrix(own)
         for part in parts:
             found = [_decoded(next(planes), where, table, decode) for _ in plane_sizes(part, own)]
             matrix.arrays[part.name] = join(found, part, own)
-        matrices.append(matrix)
-    return matrices
+        yield matrix
 
 
 def _decoded(plane: Plane, where: str, table: np.ndarray | None, decode: Decode) -> np.ndarray:
