@@ -103,6 +103,21 @@ def codewords(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterator[Call
                     yield Call(name.replace("mlx.core.", ""), qmv, (*arrays, *inputs))
 
 
+def dense_codewords(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterator[Call]:
+    rng = np.random.default_rng(0)
+    for coding in CODINGS:
+        for bias in (False, True):
+            arrays = mx.array(random_record(rng, coding, [(4, 16)], bias, more=0)), mx.zeros((experts,), mx.uint32)
+            for dtype in DTYPES:
+                layer = metal_qmoe.Shapes(coding, (4, 16), bias)
+
+                def dequantize(pool, table, ids, layer=layer, dtype=dtype):
+                    return metal_qmoe.dequantize(ids, metal.Records(pool, table), layer, 0, dtype)
+
+                name = f"qmoe dequantize {name_of(coding)} bias {bias} {dtype} ids {ids_type}"
+                yield Call(name.replace("mlx.core.", ""), dequantize, (*arrays, mx.zeros((experts - 1,), ids_type)))
+
+
 def tiles() -> Iterator[Call]:
     payload = rans.encode(np.arange(256, dtype=np.uint8)).pack()
     coded = rans.parse(payload, 256, "here")
@@ -115,4 +130,5 @@ def every_call() -> list[Call]:
     calls = [*rotations(), *encoders(), *tiles()]
     for experts, ids_type in ((9, mx.uint32), (3, mx.int32)):
         calls += [*products(experts, ids_type), *dequantizations(experts, ids_type), *codewords(experts, ids_type)]
+        calls += dense_codewords(experts, ids_type)
     return calls
