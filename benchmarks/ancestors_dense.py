@@ -15,7 +15,7 @@ from typing import Any
 
 import dense_directories as directories
 from common import print_table
-from dense_directories import LOADERS, Original
+from dense_directories import LOADERS, Extent, Original
 
 from tiny_qmoe_mlx import blas
 from tiny_qmoe_mlx.plan import plan
@@ -25,18 +25,13 @@ PROMPT, TOKENS = "The tallest mountain of the world is", 48
 CONTEXT = 256
 
 
-def show(quick: bool, folder: Path | None = None) -> dict[str, Any]:
-    """Convert what is missing, measure, print; by model its rows.
-
-    Args:
-        quick: 2 bits alone, fewer tokens.
-        folder: where converted models are kept; None for a temporary one.
-    """
+def show(extent: Extent) -> dict[str, Any]:
+    """Convert what is missing, measure, print; by model its rows. Quick: 2 bits alone."""
     found = {}
     for name in LOADERS:
         with tempfile.TemporaryDirectory() as scratch, blas.shared_machine():
-            source = directories.original(name, folder or Path(scratch), quick)
-            found[name] = list(rows(source, (2.0,) if quick else BITS))
+            source = directories.original(name, extent.folder or Path(scratch), extent)
+            found[name] = list(rows(source, (2.0,) if extent.quick else BITS))
         print_rows(name, found[name])
     return found
 

@@ -20,7 +20,7 @@ import numpy as np
 from bench_generate import PROMPT_TOKENS, tokens_per_second
 from bench_tiny_qmoe import GROUPS, tiny_qmoe
 from common import print_table
-from dense_directories import TRELLIS, Original
+from dense_directories import TRELLIS, Extent, Original
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
@@ -46,16 +46,12 @@ GROUP_SIZE, AFFINE_BITS = 64, 4
 CONTEXT = 512
 
 
-def show(quick: bool, folder: Path | None = None) -> dict[str, Any]:
-    """Convert what is missing, measure, print; the rows.
-
-    Args:
-        quick: fewer tokens, and no trellis but at 2 bits.
-        folder: where converted models are kept; None for a temporary one.
-    """
+def show(extent: Extent) -> dict[str, Any]:
+    """Convert what is missing, measure, print; the rows. Quick: no trellis but at 2 bits."""
+    quick = extent.quick
     chosen = {n: c for n, c in CONVERTED.items() if not quick or not n.startswith("trellis") or n == "trellis 2"}
     with tempfile.TemporaryDirectory() as scratch, blas.shared_machine():
-        source = directories.original("SmolLM2-135M", folder or Path(scratch), quick)
+        source = directories.original("SmolLM2-135M", extent.folder or Path(scratch), extent)
         rows = [*feed_forward(source), *whole(source, chosen, *((3, 8) if quick else (5, 16)))]
     print_rows(rows)
     found = {"rows": rows, "equal": list(equal_quality(rows))}

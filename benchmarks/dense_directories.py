@@ -1,7 +1,8 @@
 """Whole dense models converted by the package's own `convert`: what bench_ancestors.py runs and measures.
 
-Calibration and held-out text are the passages of bench_quality.py (24 stretches of 512 tokens of each of two sources,
-and 8 others of each), so that figures agree with docs/QUALITY.md. What is not coded stays bfloat16 in every directory.
+Calibration and held-out text are the passages of bench_quality.py (by default 24 stretches of 512 tokens of each of two
+sources, and 8 others of each), so that figures agree with docs/QUALITY.md. What is not coded stays bfloat16 in every
+directory.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,18 @@ LOADERS: dict[str, tuple[Callable[[], Dense], Callable[[Path], Path]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured. folder: where converted models are kept, None for a temporary one; calibration, held_out:
+    stretches of each of the two texts; quick: fewer rates and turns.
+    """
+
+    folder: Path | None = None
+    calibration: int = bench_quality.CALIBRATION
+    held_out: int = 8
+    quick: bool = False
+
+
 @dataclass
 class Original:
     """A checkpoint that `convert` reads; its model for numpy; calibration and held-out text as files and tokens."""
@@ -39,13 +52,14 @@ class Original:
     held_out: Path
 
 
-def original(name: str, folder: Path, quick: bool) -> Original:
+def original(name: str, folder: Path, extent: Extent) -> Original:
     """A real model, written into a folder unless it is there already, and the texts for it."""
     load, write = LOADERS[name]
     model, directory = load(), write(folder / name)
-    sample = bench_quality.passages(model, *((4, 1) if quick else (bench_quality.CALIBRATION, 8)))
-    files = [folder / f"{name}-{what}-{len(sample.calibration)}.txt" for what in ("calibration", "held-out")]
-    for file, windows in zip(files, (sample.calibration, sample.held_out), strict=True):
+    sample = bench_quality.passages(model, extent.calibration, extent.held_out)
+    parts = {"calibration": sample.calibration, "held-out": sample.held_out}
+    files = [folder / f"{name}-{what}-{len(windows)}.txt" for what, windows in parts.items()]
+    for file, windows in zip(files, parts.values(), strict=True):
         file.write_text("".join(model.tokenizer.decode(ids.tolist()) for ids in windows))
     return Original(directory, model, sample, *files)
 
