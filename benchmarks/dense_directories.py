@@ -72,13 +72,12 @@ def trellis(bits: float) -> dict[str, Any]:
 def converted(source: Original, name: str, options: dict[str, Any]) -> Path:
     """The directory of a conversion, made unless it is there already."""
     count, length = source.sample.calibration.shape
-    words = name.replace(",", "").replace(" ", "-").lower()
-    out = source.directory.with_name(f"{source.directory.name}-{words}-{count}")
-    if out.exists():
-        return out
-    calibrated = options.get("codec", "trellis") in ("trellis", "qmoe")
-    text = {"calibration": str(source.calibration), "sequences": count, "sequence_tokens": length} if calibrated else {}
-    return Path(convert(source.directory, out, rest_bits=16, **text, **options))
+    words, text = name.replace(",", "").replace(" ", "-").lower(), {}
+    if options.get("codec", "trellis") in ("trellis", "qmoe"):
+        text = {"calibration": str(source.calibration), "sequences": count, "sequence_tokens": length}
+        words += f"-{count}"
+    out = source.directory.with_name(f"{source.directory.name}-{words}")
+    return out if out.exists() else Path(convert(source.directory, out, rest_bits=16, **text, **options))
 
 
 def measured_bytes(directory: Path) -> dict[str, float]:

@@ -97,6 +97,15 @@ def test_address_spaces(rng, count):
     assert not metal_cpu.emulate(payload.decode, payload.pool, mode="as")[1].problems
 
 
+def test_issue_slots_of_a_byte(rng):
+    """By the emulator's model, not a time; seen: 60, of which 14 are look-ups in threadgroup memory."""
+    payload = Payload(noise(rng, 8 * 65536, 20.0))
+    _, _, report = payload.run(mode="profile")
+    assert 32 * report.profile.issue_slots / payload.count <= 62
+    pool = report.profile.buffers["pool"]
+    assert pool.lines <= 1.01 * len(payload.pool) + 64 and report.profile.lane_efficiency >= 0.9
+
+
 # ---- damage
 
 
