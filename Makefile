@@ -1,7 +1,7 @@
 # make demo        English from a compressed mixture-of-experts model, from nothing: installs into .venv, builds, converts, generates
 # make test        the tests that take seconds;  make test-slow  all of them
 # make lint        ruff and mypy
-# make mutants     plants 145 defects in the Metal kernels, one at a time: the tests must catch them (minutes)
+# make mutants     plants 186 defects in the Metal kernels, one at a time: the tests must catch them (minutes)
 # make wheel       a wheel in dist/
 # make clean       removes .venv and what was built
 # PYTHON=python3.12 chooses the interpreter; else the newest one from 3.10 on that is installed.

@@ -1,20 +1,18 @@
 """Tiny-QMoE (arXiv 2509.22951) checked: its published sizes, the rate of its stated coder on real weights, and ours.
 
-    python benchmarks/bench_tiny_qmoe.py [--quick] [--json] [--quality] [--generate]
+    python benchmarks/bench_tiny_qmoe.py [--quick] [--json]
 
 1. The sizes that it prints for Llama 3.2 1B and 3B, from the shapes in their configs alone.
 2. SmolLM2-135M's weights (every matrix of its decoder layers, and the embedding) as its 8-bit codes: their entropy,
    what the table of 4-tuples makes of them, and what rANS makes of them; all bytes of a coded plane counted.
 3. What codec `lossless` saves of the same layers as they are shipped: bfloat16, and in MLX's quantizations.
 4. How fast the decoders are on one layer's codes.
-5. With --quality: what rounding to 8 bits costs, as bench_quality.py measures (only feed-forward weights are rounded).
-6. With --generate: the model converted by the codecs, its size, and tokens a second with one layer expanded at a time.
+
+What rounding to 8 bits costs, and how fast whole models are: bench_ancestors.py's table.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -163,78 +161,27 @@ def speed(model: Dense, rounds: int) -> dict[str, float]:
     return {name: sum(map(len, planes)) / times["median_s"] / 1e6 for name, times in found.items()}
 
 
-# ---- quality, and whole models
-
-
-def quality(model: Dense, quick: bool) -> list[dict[str, Any]]:
-    """Rows as bench_quality.py prints them, of 8-bit levels with either coder."""
-    from bench_quality import CALIBRATION, Scorer, passages, report
-
-    sample = passages(model, *((4, 1) if quick else (CALIBRATION, 8)))
-    score, rows = Scorer(model, sample), []
-    for name, group in GROUPS.items():
-        for coder in packed.CODERS:
-            weights, bits = tiny_qmoe(model, sample.calibration, group, coder)
-            rows.append(
-                report({"method": f"8 bits, a scale for {name}, {coder}", "asked": 8, "bits": bits, **score(weights)})
-            )
-    return rows
-
-
-CONVERTED = {
-    "tiny-qmoe, tuples": {"codec": "tiny-qmoe"},
-    "tiny-qmoe, rANS": {"codec": "tiny-qmoe", "coder": "rans"},
-    "tiny-qmoe, a scale for a matrix, rANS": {"codec": "tiny-qmoe", "coder": "rans", "group": 0},
-    "lossless": {"codec": "lossless"},
-}
-
-
-def generation(tokens: int) -> dict[str, dict[str, float]]:
-    """Of each codec: bits a weight and megabytes of the layers' files, and tokens a second in decode."""
-    import dense_checkpoint
-
-    from tiny_qmoe_mlx import container, models, stream_generate
-    from tiny_qmoe_mlx.convert import convert
-
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = dense_checkpoint.write(Path(folder) / "smollm2")
-        for name, options in CONVERTED.items():
-            out = convert(source, Path(folder) / name.replace(" ", ""), **options)
-            sizes = container.sizes(out)
-            loaded, tokenizer = models.load(out, context=512)
-            with loaded:
-                *_, last = stream_generate(loaded, tokenizer, "The tallest mountain is", max_tokens=tokens)
-            found[name] = {
-                "bits": sizes["bits"],
-                "mb": sizes["expert_file_bytes"] / 1e6,
-                "tokens_per_s": last.generation_tps,
-            }
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few layers")
-    parser.add_argument("--quality", action="store_true", help="perplexity and KL too (minutes)")
-    parser.add_argument("--generate", action="store_true", help="convert and run the whole model too (minutes)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
+    found = show(args.quick)
+    if args.json:
+        print_json({**found, "machine": machine()})
+
+
+def show(quick: bool) -> dict[str, Any]:
+    """Print what takes no conversion; its values."""
     model = load()
-    if args.quick:
+    if quick:
         model.layers, model.embedding = model.layers[:4], model.embedding[:4096]
     found: dict[str, Any] = {"audit": show_audit(audit(model))}
     found["rates"] = show_rates({name: rates(model, group) for name, group in GROUPS.items()})
-    layers = 4 if args.quick else 10
-    found["shipped"] = show_shipped({name: shipped(model, kind, layers) for name, kind in SHIPPED.items()})
-    found["million_codes_per_s"] = speed(model, 3 if args.quick else 9)
+    found["shipped"] = show_shipped({name: shipped(model, kind, 4 if quick else 10) for name, kind in SHIPPED.items()})
+    found["million_codes_per_s"] = speed(model, 3 if quick else 9)
     print(f"\nrANS, million codes a second: {found['million_codes_per_s']}", flush=True)
-    if args.generate:
-        found["generate"] = show_generation(generation(8 if args.quick else 32))
-    if args.quality:
-        found["rows"] = quality(load(), args.quick)
-    if args.json:
-        print_json({**found, "machine": machine()})
+    return found
 
 
 # ---- tables for people; each is printed as soon as it is there
@@ -263,13 +210,6 @@ def show_shipped(found: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     print("\nlossless, all arrays of decoder layers, bits a weight:")
     rows = [[n, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['saved']:.1%}"] for n, r in found.items()]
     print_table(["shipped as", "before", "after", "saved"], rows)
-    return found
-
-
-def show_generation(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    print()
-    rows = [[n, r["bits"], r["mb"], r["tokens_per_s"]] for n, r in found.items()]
-    print_table(["SmolLM2-135M, decoder layers", "bits", "MB", "tokens/s"], rows)
     return found
 
 

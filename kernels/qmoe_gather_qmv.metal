@@ -63,6 +63,56 @@ METAL_FUNC uint qmoe_symbols(Tables tables, uint symbols, uint at, uint count) {
 
 METAL_FUNC float qmoe_value(const device ushort* values, uint i) { return as_type<float>(uint(values[i]) << 16); }
 
+// What the walk through a row's codewords needs: its table's places, where its codewords end, and its values.
+template <int LEVELS>
+struct QmoeRow {
+  uint starts, symbols, entries, end;
+  float value[LEVELS - 1];
+};
+
+template <int LEVELS, typename Tables, typename Params>
+METAL_FUNC QmoeRow<LEVELS> qmoe_row(QmoeView m, Tables tables, Params params, uint row) {
+  QmoeRow<LEVELS> r;
+  const uint entry = 3 * min(m.table, TQ_TABLES - 1);
+  r.starts = tables[entry];
+  r.symbols = tables[entry + 1];
+  r.entries = tables[entry + 2];
+  r.end = min(m.offsets[row + 1], m.codewords);
+#pragma clang loop unroll(full)
+  for (int s = 0; s < LEVELS - 1; ++s) r.value[s] = qmoe_value(m.values, row * (LEVELS - 1) + s);
+  return r;
+}
+
+// One lane's codeword of the 32 from `first` on: where its symbols begin, at which column of the row they lie, and how
+// many lie inside of it. `at` is the column where the 32 begin, and then where the next do.
+struct QmoeRun {
+  uint start, column, inside;
+};
+
+template <int BITS, int LEVELS, typename Tables>
+METAL_FUNC QmoeRun qmoe_run(QmoeView m, QmoeRow<LEVELS> r, Tables tables, uint first, uint columns, thread uint& at,
+                            uint lane) {
+  const uint entries = r.entries;
+  uint start = 0, length = 0;
+  if (lane < r.end - first) {
+    const uint codeword = r.starts + min(qmoe_codeword<BITS>(m.codes, first + lane), entries - 1);
+    start = tables[codeword];
+    length = tables[codeword + 1] - start;
+  }
+  const uint before = simd_prefix_exclusive_sum(length), column = at + before;
+  at += simd_broadcast(before + length, 31);
+  QmoeRun run;
+  run.start = start;
+  run.column = column;
+  run.inside = column < columns ? min(length, columns - column) : 0;
+  return run;
+}
+
+template <int LEVELS>
+METAL_FUNC float qmoe_weight(QmoeRow<LEVELS> r, uint symbol) {  // of a symbol that is not zero
+  return symbol == 1 ? r.value[0] : symbol == 2 || LEVELS == 3 ? r.value[1] : r.value[LEVELS - 2];
+}
+
 // y T [picks, rows] = matrix TQ_MATRIX of each pick's expert times its row of x.
 template <int LEVELS, int BITS, int BIAS, int W, typename T, typename Ids, typename Table, typename X, typename Tables,
           typename Params>
@@ -73,34 +123,22 @@ METAL_FUNC void qmoe_gather_qmv(const device uchar* pool, Ids ids, Table table, 
   if (members.count == 0 || row >= TQ_ROWS) return;
   const QmoeView m = qmoe_view<LEVELS, BITS, BIAS>(
       record_at(pool, table, uint(ids[pick]), TQ_EXPERTS, TQ_BASE), TQ_MATRIX);
-  const uint entry = 3 * min(m.table, TQ_TABLES - 1), columns = TQ_COLUMNS;
-  const uint starts = tables[entry], symbols = tables[entry + 1], entries = tables[entry + 2];
-  float value[3];
-#pragma clang loop unroll(full)
-  for (int s = 0; s < LEVELS - 1; ++s) value[s] = qmoe_value(m.values, row * (LEVELS - 1) + s);
+  const QmoeRow<LEVELS> r = qmoe_row<LEVELS>(m, tables, params, row);
+  const uint columns = TQ_COLUMNS;
   uint from[W];
   float acc[W];
   rows_of_z<W>(members, params, group.z, from);
 #pragma clang loop unroll(full)
   for (int t = 0; t < W; ++t) acc[t] = 0.0f;
 
-  const uint end = min(m.offsets[row + 1], m.codewords);
-  uint at = 0;  // column where the next 32 codewords begin; the same in every lane, as is `first`
-  for (uint first = m.offsets[row]; first < end && at < columns; first += 32) {
-    uint start = 0, length = 0;
-    if (lane < end - first) {
-      const uint codeword = starts + min(qmoe_codeword<BITS>(m.codes, first + lane), entries - 1);
-      start = tables[codeword];
-      length = tables[codeword + 1] - start;
-    }
-    const uint before = simd_prefix_exclusive_sum(length), column = at + before;
-    at += simd_broadcast(before + length, 31);
-    const uint inside = column < columns ? min(length, columns - column) : 0;
-    for (uint i = 0; i < inside; i += 16) {
-      const uint run = qmoe_symbols(tables, symbols, start + i, inside - i);
+  uint at = 0;  // the same in every lane, as is `first`
+  for (uint first = m.offsets[row]; first < r.end && at < columns; first += 32) {
+    const QmoeRun own = qmoe_run<BITS, LEVELS>(m, r, tables, first, columns, at, lane);
+    for (uint i = 0; i < own.inside; i += 16) {
+      const uint run = qmoe_symbols(tables, r.symbols, own.start + i, own.inside - i);
       for (uint left = (run | run >> 1) & 0x55555555u; left != 0; left &= left - 1) {
-        const uint bit = ctz(left), symbol = run >> bit & 3, place = column + i + bit / 2;
-        const float w = symbol == 1 ? value[0] : symbol == 2 || LEVELS == 3 ? value[1] : value[LEVELS - 2];
+        const uint bit = ctz(left), place = own.column + i + bit / 2;
+        const float w = qmoe_weight<LEVELS>(r, run >> bit & 3);
 #pragma clang loop unroll(full)
         for (uint t = 0; t < W; ++t) {
           if (W > 1 && t >= members.count) break;

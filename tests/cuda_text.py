@@ -13,7 +13,7 @@ from unittest import mock
 
 import mlx.core as mx
 
-from tiny_qmoe_mlx import cuda, metal, metal_encode, metal_qmoe
+from tiny_qmoe_mlx import cuda, metal, metal_encode, metal_qmoe, metal_rans
 
 TYPES = {
     mx.uint8: "uint8_t",
@@ -77,9 +77,8 @@ def recorded(run: Runner = lambda launch, inputs, outputs: outputs) -> Iterator[
 
         return call
 
-    builders = [
-        f for module in (metal, metal_encode, metal_qmoe) for n, f in vars(module).items() if n.endswith("_kernel")
-    ]
+    modules = (metal, metal_encode, metal_qmoe, metal_rans)
+    builders = [f for module in modules for n, f in vars(module).items() if n.endswith("_kernel")]
     for build in builders:
         build.cache_clear()
     try:

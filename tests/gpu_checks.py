@@ -6,8 +6,8 @@ import pytest
 from metal_cases import TOLERANCE, Case, assert_close, float64, make_case, tokens
 from qmoe_records import random_record
 
-from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, native
-from tiny_qmoe_mlx.codecs import qmoe, rotation
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, metal_rans, native
+from tiny_qmoe_mlx.codecs import qmoe, rans, rotation
 
 EXPERTS, TOP_K = 5, 2
 ROTATED = 4e-7  # of max |z|: float32 sums of up to 2048 terms
@@ -82,6 +82,31 @@ def check_codewords(rng, count: int, dtype: mx.Dtype, coding: qmoe.Coding) -> No
         (m,) = qmoe.parse(own[e], shapes, True, coding, "here")
         want.append(qmoe.decode_matrix(m, coding).astype(np.float64) @ float64(x)[p // 2] + m.bias)
     assert_close(y, np.stack(want), TOLERANCE[dtype])
+
+
+def check_dense_codewords(rng, dtype: mx.Dtype, coding: qmoe.Coding) -> None:
+    """Matrices of listed experts, written out."""
+    shapes = [(19, 150)]
+    own = random_record(rng, coding, shapes, True, 0.6, more=0)
+    records = metal.Records(mx.array(own[None]), mx.zeros((1,), mx.uint32))
+    layer = metal_qmoe.Shapes(coding, shapes[0], True)
+    weights, bias = metal_qmoe.dequantize(mx.array([0, 0], dtype=mx.uint32), records, layer, 0, dtype)
+    (m,) = qmoe.parse(own, shapes, True, coding, "here")
+    want = float64(mx.array(qmoe.decode_matrix(m, coding)).astype(dtype))
+    assert_close(weights, np.stack([want, want]), 0.0)
+    assert_close(bias, np.stack([m.bias, m.bias]).astype(np.float64), 0.0)
+
+
+def check_tiles(rng, count: int) -> None:
+    """rANS, bit for bit, and a fault where a word is another."""
+    symbols = np.clip(np.rint(rng.normal(128, 20, count)), 0, 255).astype(np.uint8)
+    payload = rans.encode(symbols).pack()
+    for damage in (0, 1):
+        payload[-2:] ^= np.uint8(damage)
+        coded = rans.parse(payload, count, "here")
+        out, faults = metal_rans.decode(mx.array(payload), 0, 0, len(payload), coded, count)
+        assert np.array(faults).any() == bool(damage)
+        assert (np.array(out) == symbols).all() or damage
 
 
 def check_encoder(rng, rate: int, length: int, tiles: int) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from metal_cases import make_case
 from qmoe_records import CODINGS, name_of, random_record
 
-from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, metal_rans
+from tiny_qmoe_mlx.codecs import rans
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 LENGTHS = (12, 14, 16)
@@ -102,9 +103,32 @@ def codewords(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterator[Call
                     yield Call(name.replace("mlx.core.", ""), qmv, (*arrays, *inputs))
 
 
+def dense_codewords(experts: int = 9, ids_type: mx.Dtype = mx.uint32) -> Iterator[Call]:
+    rng = np.random.default_rng(0)
+    for coding in CODINGS:
+        for bias in (False, True):
+            arrays = mx.array(random_record(rng, coding, [(4, 16)], bias, more=0)), mx.zeros((experts,), mx.uint32)
+            for dtype in DTYPES:
+                layer = metal_qmoe.Shapes(coding, (4, 16), bias)
+
+                def dequantize(pool, table, ids, layer=layer, dtype=dtype):
+                    return metal_qmoe.dequantize(ids, metal.Records(pool, table), layer, 0, dtype)
+
+                name = f"qmoe dequantize {name_of(coding)} bias {bias} {dtype} ids {ids_type}"
+                yield Call(name.replace("mlx.core.", ""), dequantize, (*arrays, mx.zeros((experts - 1,), ids_type)))
+
+
+def tiles() -> Iterator[Call]:
+    payload = rans.encode(np.arange(256, dtype=np.uint8)).pack()
+    coded = rans.parse(payload, 256, "here")
+    decode = lambda pool: metal_rans.decode(pool, 0, 0, len(payload), coded, 256)[0]  # noqa: E731
+    yield Call("rans", decode, (mx.array(payload),))
+
+
 def every_call() -> list[Call]:
     """All of them; records of few and of many experts, ids as either kind of integer."""
-    calls = [*rotations(), *encoders()]
+    calls = [*rotations(), *encoders(), *tiles()]
     for experts, ids_type in ((9, mx.uint32), (3, mx.int32)):
         calls += [*products(experts, ids_type), *dequantizations(experts, ids_type), *codewords(experts, ids_type)]
+        calls += dense_codewords(experts, ids_type)
     return calls

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe  # noqa: E402
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, metal_rans  # noqa: E402
 
 QMV = [
     "test_metal_qmv.py::test_every_instance_of_gate_up_at_every_rate[2-swiglu_oai-16]",
@@ -59,7 +59,29 @@ QMOE = [
     "test_metal_qmoe.py::test_records_begin_at_a_base",
 ]
 
-TESTS = {"QMOE": QMOE, "QMV": QMV, "ACTIVATE": ACTIVATE, "DENSE": DENSE, "ENCODE": ENCODE, "ROTATE": ROTATE}
+RANS = [
+    "test_metal_rans.py::test_the_bytes_of_the_specification[20.0-65537]",
+    "test_metal_rans.py::test_the_bytes_of_the_specification[20.0-327757]",
+    "test_metal_rans.py::test_the_bytes_of_the_specification[0.4-33]",
+    "test_metal_rans.py::test_lanes_and_simdgroups_in_any_order[1]",
+    "test_metal_rans.py::test_payloads_begin_anywhere",
+    "test_metal_rans.py::test_a_payload_beyond_4_gib_of_the_pool",
+    "test_metal_rans.py::test_a_tile_that_ends_early_or_late_is_a_fault",
+    "test_metal_rans.py::test_a_lane_that_ends_elsewhere_is_a_fault",
+    "test_metal_rans.py::test_a_lane_that_begins_too_low_is_a_fault",
+    "test_metal_rans.py::test_damage_is_a_fault_where_the_specification_refuses_it",
+    "test_metal_rans.py::test_whatever_the_ends_are_nothing_outside_is_read",
+]
+
+TESTS = {
+    "RANS": RANS,
+    "QMOE": QMOE,
+    "QMV": QMV,
+    "ACTIVATE": ACTIVATE,
+    "DENSE": DENSE,
+    "ENCODE": ENCODE,
+    "ROTATE": ROTATE,
+}
 
 # Why a surviving defect changes nothing.
 HARMLESS: dict[str, str] = {}
@@ -98,8 +120,8 @@ def read_mutants() -> Iterator[Mutant]:
 
 
 def forget_kernels() -> None:
-    """metal.py, metal_encode.py and metal_qmoe.py build their kernels anew."""
-    for module in (metal, metal_encode, metal_qmoe):
+    """metal.py and its siblings build their kernels anew."""
+    for module in (metal, metal_encode, metal_qmoe, metal_rans):
         for build in (f for name, f in vars(module).items() if name.endswith("_kernel")):
             build.cache_clear()
 

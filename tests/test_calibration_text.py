@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,11 +11,13 @@ import pytest
 import tiny_models
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from tiny_qmoe_mlx.conversion import text as calibration_text
 from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.report.compare import cut
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -54,6 +57,37 @@ def test_a_text_for_fewer_sequences_gives_as_many_as_it_has(original, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("x" * 35)
     assert tokens_of(file, open_tokenizer(original), original, 64, 16).shape == (2, 16)
+
+
+def beginning_with_a_token(original, tmp_path):
+    """The same tokenizer with <s> before each text, as Llama's and Gemma's put one."""
+    file = Tokenizer.from_file(str(original / "tokenizer.json"))
+    first = file.token_to_id("<s>")
+    file.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    file.save(str(tmp_path / "tokenizer.json"))
+    shutil.copy(original / "tokenizer_config.json", tmp_path)
+    return checkpoint.open_tokenizer(tmp_path, checkpoint.read_config(original)), first
+
+
+def test_stretches_begin_as_the_tokenizer_begins_a_text(original, tmp_path):
+    tokenizer, first = beginning_with_a_token(original, tmp_path)
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghij" * 10)
+    ids = Tokenizer.from_file(str(original / "tokenizer.json")).encode("abcdefghij" * 10).ids
+    assert tokens_of(file, tokenizer, original, 4, 10).tolist() == [[first, *ids[s : s + 9]] for s in (0, 30, 60, 90)]
+    assert tokens_of(file, tokenizer, original, 2, 1).tolist() == [[ids[0]], [ids[-1]]]
+    assert calibration_text.beginning(tokenizer) == [first]
+    assert calibration_text.beginning(open_tokenizer(original)) == []
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 10, 11, 30])
+def test_windows_predict_as_many_tokens_with_and_without_a_beginning(count):
+    ids = list(range(10))
+    plain = cut(ids, 4, count, [])
+    assert [t for w in plain for t in w[1:]] == ids[1 : count + 1]
+    windows = cut(ids, 4, count, [77])
+    assert [t for w in windows for t in w[1:]] == ids[:count]
+    assert all(w[0] == 77 and len(w) <= 5 for w in windows) and all(len(w) <= 5 for w in plain)
 
 
 def test_none_and_builtin(original):

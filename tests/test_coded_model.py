@@ -4,9 +4,12 @@ time, every shipped bit kept, damage refused.
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import source_layouts
@@ -22,6 +25,7 @@ from tiny_qmoe_mlx.conversion import run as conversion
 from tiny_qmoe_mlx.conversion import unfinished
 from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.generate import stream_generate
 from tiny_qmoe_mlx.plan import plan
 
@@ -202,6 +206,28 @@ def test_one_layer_is_expanded_at_a_time(made, monkeypatch):
         logits(model)
         assert held == 3 * [1, 2, 3, 4, 5, 6, 7]
         assert not any("weight" in part for layer in model.layers for part in layer._parts())
+
+
+def test_layers_are_expanded_for_their_checks_by_one_thread(made, monkeypatch):
+    """Whichever threads read: a layer in each at once, or what the allocator keeps for each, is in no plan."""
+    from tiny_qmoe_mlx.streaming import store
+
+    _, directory = made("128 rans")
+    opened, threads, check = container.open_model(directory), set(), store.check_record
+    kinds = [expert_kind(layer, opened.spec, nn.Identity()) for layer in opened.spec.layers]
+
+    def watched(*args):
+        threads.add(threading.get_ident())
+        check(*args)
+
+    monkeypatch.setattr(store, "check_record", watched)
+    read = store.ExpertStore(opened, kinds)
+    into = [np.empty(layer.slot, np.uint8) for layer in opened.spec.layers]
+    with ThreadPoolExecutor(3) as readers:
+        barrier = threading.Barrier(3)
+        list(readers.map(lambda i: (barrier.wait(), read.read(i, [0], [into[i]])), range(3)))
+    read.close()
+    assert len(threads) == 1
 
 
 # ---- files

@@ -10,12 +10,14 @@ import pytest
 from cuda_text import recorded
 from gpu_checks import (
     check_codewords,
+    check_dense_codewords,
     check_dequantize,
     check_encoder,
     check_experts,
     check_prefill,
     check_qmv,
     check_rotate,
+    check_tiles,
 )
 from kernel_launches import DTYPES, LENGTHS, every_call
 from qmoe_records import CODINGS, name_of
@@ -33,6 +35,8 @@ FAST = (
     "gate_up swiglu_oai L 16 tokens 1 ids uint32",
     "dequantize bfloat16 L 12 ids int32",
     "qmoe ternary-dictionary-16 bias True float16 tokens 1 ids uint32",
+    "qmoe dequantize ternary-dictionary-16 bias True float16 ids uint32",
+    "rans",
     "viterbi rate 2 L 12",
     "viterbi rate 7 L 16",
 )
@@ -178,6 +182,18 @@ def test_dense_matrices_on_the_cpu(rng, on_host, dtype, length):
 @pytest.mark.parametrize("coding", [CODINGS[0], *slow_ones(*CODINGS[1:3], CODINGS[4])], ids=name_of)
 def test_codewords_on_the_cpu(rng, on_host, coding, tokens):
     check_codewords(rng, tokens, mx.float16 if tokens == 1 else mx.bfloat16, coding)
+
+
+@host
+@pytest.mark.parametrize("coding", [CODINGS[0], *slow_ones(*CODINGS[1:3], CODINGS[4])], ids=name_of)
+def test_dense_codewords_on_the_cpu(rng, on_host, coding):
+    check_dense_codewords(rng, mx.float16, coding)
+
+
+@host
+@pytest.mark.parametrize("count", [1000, *slow_ones(1, 70000)])
+def test_tiles_on_the_cpu(rng, on_host, count):
+    check_tiles(rng, count)
 
 
 @host

@@ -82,6 +82,21 @@ def test_calibration_helps_a_dense_model(tmp_path):
 
 
 @pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_layers_that_matter_more_get_more_bits(tmp_path, family):
+    """The rates that a probe of KL asks for; all bytes stay what they were."""
+    source = make(tmp_path, family)
+    text = tmp_path / "text.txt"
+    text.write_text("the river stone light walks under old quick bright over slow small green house " * 40)
+    settings = Settings(
+        bits=2.0, rest_bits=16, calibration=str(text), sequences=4, sequence_tokens=32, layer_rates=True
+    )
+    spec = container.open_model(conversion.convert(source, tmp_path / "out", settings)).spec
+    assert spec.bits == pytest.approx(2.0, abs=0.2)  # records of 3 KB
+    assert len({layer.record_bytes for layer in spec.layers}) > 1
+
+
+@pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
 def test_a_report_measures_the_layers_of_a_dense_model(tmp_path):
     extent = report.Extent(tokens=64, window=32, tasks=0, layer_tokens=16)
     settings = Settings(bits=2.0, rest_bits=16, calibration="none")

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from gpu_checks import (
     check_codewords,
+    check_dense_codewords,
     check_dequantize,
     check_encoder,
     check_experts,
     check_prefill,
     check_qmv,
     check_rotate,
+    check_tiles,
     records_of,
 )
 from kernel_launches import COLUMNS, DTYPES, LENGTHS
@@ -63,6 +65,17 @@ def test_dense_matrices_and_prefill(rng, length, dtype):
 @pytest.mark.parametrize("coding", CODINGS, ids=name_of)
 def test_codewords(rng, coding, count, dtype):
     check_codewords(rng, count, dtype, coding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("coding", CODINGS, ids=name_of)
+def test_dense_codewords(rng, coding, dtype):
+    check_dense_codewords(rng, dtype, coding)
+
+
+@pytest.mark.parametrize("count", [1, 1000, 65536, 5 * 65536 + 77])
+def test_tiles(rng, count):
+    check_tiles(rng, count)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -45,6 +45,17 @@ class Case:
 
         return metal_cpu.emulate(traced, self.pool, mx.array(self.table), x, mx.array(ids.reshape(-1)), **options)
 
+    def dense(self, ids, matrix, dtype, mode="check", **options):
+        """One matrix of listed experts, their biases, and the emulator's report."""
+
+        def traced(pool, table, ids):
+            records = metal.Records(pool, table, self.base)
+            return list(metal_qmoe.dequantize(ids, records, self.layer(matrix), matrix, dtype))
+
+        arrays = self.pool, mx.array(self.table), mx.array(ids)
+        (w, bias), report = metal_cpu.emulate(traced, *arrays, mode=mode, **options)
+        return w, bias, report
+
     def product(self, expert, matrix, x):
         record = self.records[expert]
         w = qmoe_records.decode(record, matrix, self.coding, self.bias)
@@ -63,6 +74,12 @@ def check(case, rng, ids, dtype, matrix=0, mode="check", **options):
     assert_close(y, want, TOLERANCE[dtype])
 
 
+def clear():
+    """Kernels that were built inside the emulator stay there, and others outside."""
+    metal_qmoe._kernel.cache_clear()
+    metal_qmoe._dense_kernel.cache_clear()
+
+
 def instances():
     """All codings in float32, all types with the dictionary; the slow tests take all pairs."""
     for coding in CODINGS:
@@ -78,6 +95,48 @@ def test_every_instance(rng, coding, dtype, count):
     ids = rng.integers(0, 4, PICKS[count]).astype(np.uint32)
     for matrix in (0, 1):
         check(case, rng, ids, dtype, matrix)
+
+
+@pytest.mark.parametrize("coding, dtype", list(instances()))
+def test_every_instance_of_dequantize(rng, coding, dtype):
+    """Both matrices of listed experts, biases on one of the types; values are bfloat16, so float16 rounds them."""
+    case = Case(rng, coding, [(19, 150), (150, 19)], bias=dtype == mx.float16)
+    ids = np.array([2, 0, 2], np.uint32)
+    for matrix in (0, 1):
+        w, bias, report = case.dense(ids, matrix, dtype)
+        assert not report.problems, report
+        want = np.stack([qmoe_records.decode(case.records[e], matrix, coding, case.bias) for e in ids])
+        np.testing.assert_array_equal(float64(w), float64(mx.array(want.astype(np.float32)).astype(dtype)))
+        biases = [qmoe.parse(case.records[e], case.shapes, case.bias, coding, "here")[matrix].bias for e in ids]
+        np.testing.assert_array_equal(np.array(bias), np.stack(biases) if case.bias else np.zeros_like(np.array(bias)))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_dense_rows_of_many_codewords_in_any_order_of_lanes(rng, seed):
+    case = Case(rng, TWELVE, [(9, 700)], zeros=0.3)
+    w, _, report = case.dense(np.array([1, 3], np.uint32), 0, mx.float32, seed=seed)
+    assert not report.problems, report
+    want = np.stack([qmoe_records.decode(case.records[e], 0, TWELVE, False) for e in (1, 3)])
+    np.testing.assert_array_equal(np.array(w), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("coding", [DICTIONARY, TWELVE, EIGHT], ids=name_of)
+def test_dense_rows_whose_codewords_end_too_early_end_in_zeros(rng, coding):
+    """No codewords at all, and places of rows that run backwards or past the end: everything is written, nothing but
+    the row.
+    """
+    case = Case(rng, coding, [(19, 150)], experts=2, zeros=0.2)
+    start = int(case.table[0]) * 128
+    section = case.pool[start : start + int(case.pool[start + 8 : start + 12].view("<u4")[0])]
+    places = section[144 : 144 + 4 * 20].view("<u4")
+    first = qmoe_records.decode(case.records[0], 0, coding, False)[0]
+    places[2:] = places[1]
+    w, _, report = case.dense(np.array([0], np.uint32), 0, mx.float32)
+    assert not report.problems, report
+    np.testing.assert_array_equal(np.array(w[0, 0]), first.astype(np.float32))
+    assert not np.array(w[0, 1:]).any()
+    places[:] = rng.integers(0, 2**32, 20)
+    assert not case.dense(np.array([0], np.uint32), 0, mx.float32)[2].problems
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.5, 0.97, 1.0])
@@ -100,6 +159,7 @@ def test_address_spaces(rng, experts):
             x, ids = tokens(rng, count, 6, dtype), np.zeros((count, 1), np.uint32)
             _, report = case.run(x, ids, 0, mode="as")
             assert not report.problems, report
+        assert not case.dense(np.zeros(experts, np.uint32), 0, dtype, mode="as")[2].problems
 
 
 def test_rows_without_negative_weights(rng):
@@ -170,30 +230,35 @@ def test_a_whole_expert_for_any_number_of_tokens(rng, monkeypatch):
         tuple((n, *s) for n, s in zip(names, case.shapes, strict=True)), True, 0, 0, 0, activation, (), DICTIONARY
     )
     x, ids = tokens(rng, 10, 40, mx.float32), rng.integers(0, 4, (10, 2)).astype(np.uint32)
-    metal_qmoe._kernel.cache_clear()
+    clear()
     with metal_cpu.emulated_kernels("run") as report:
         records = metal.Records(mx.array(case.pool), mx.array(case.table), 0)
         y = qmoe_product.gather(x, mx.array(ids), records, kind)
-        mx.eval(y)
-    metal_qmoe._kernel.cache_clear()
-    assert not report.problems, report
+        order = np.argsort(ids.reshape(-1), kind="stable")
+        of, rows, dispatch = ids.reshape(-1)[order], order // 2, ops.Dispatch()
+        many = ops.gpu_many(x, np.unique(of), of, rows, records, kind, dispatch)
+        mx.eval(y, many)
+    clear()
+    assert not report.problems and dispatch.counts == {f"qmoe prefill {ops.gpu_name()}": 1}, report
     want = np.empty((10, 2, 40))
     for t in range(10):
         for i, e in enumerate(ids[t]):
             gate, up = (case.product(int(e), m, float64(x)[t]) for m in (0, 1))
             want[t, i] = case.product(int(e), 2, gate / (1 + np.exp(-gate)) * up)
     assert_close(y, want, TOLERANCE[mx.float32])
-    assert ops.gpu_from_records(10, 2, 4, kind)
+    assert_close(many, want.reshape(20, 40)[order], TOLERANCE[mx.float32])
+    assert ops.gpu_from_records(8, 2, 4, kind) and not ops.gpu_from_records(65, 2, 4, kind)
+    assert ops.gpu_group_size(kind) == ops.GPU_DENSE_BYTES // (2 * 24 * 40)
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
     """What runs where there is a GPU, its kernels in the emulator."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    metal_qmoe._kernel.cache_clear()
+    clear()
     with metal_cpu.emulated_kernels("run") as report:
         yield report
-    metal_qmoe._kernel.cache_clear()
+    clear()
 
 
 def test_a_gpu_that_computes_rightly_is_accepted_and_others_are_not(on_gpu, monkeypatch):

@@ -55,12 +55,12 @@ def examine(folder: Path, quick: bool = False, bars: Any = lambda what, done, to
 
 
 def _checks(bars: Any) -> Iterator[dict[str, Any]]:
-    """Every rate, trellis length and type of activations, few tokens and many, and codec qmoe, against the numpy
+    """Every rate, trellis length and type of activations, few tokens and many, codec qmoe, and rANS, against the numpy
     specifications.
     """
     import mlx.core as mx
 
-    from tiny_qmoe_mlx import ops, probes, qmoe_probe
+    from tiny_qmoe_mlx import ops, probes, qmoe_probe, rans_probe
 
     types = (mx.float16, mx.bfloat16, mx.float32) if ops.on_gpu() else (mx.float32,)
     cases = [(rate, length, 1, types[0], False) for rate in (*range(1, 8), None) for length in (12, 14, 16)]
@@ -77,6 +77,8 @@ def _checks(bars: Any) -> Iterator[dict[str, Any]]:
             error, limit = qmoe_probe.error(coding, dtype), probes.TOLERANCE[dtype]
             name = f"qmoe, {coding.grid}, {coding.code} of {coding.bits} bits, {str(dtype).split('.')[-1]}"
             yield {"name": name, "error": error, "tolerance": limit, "passed": error <= limit}
+    wrong = rans_probe.error()
+    yield {"name": "rANS, share of wrong bytes", "error": wrong, "tolerance": 0.0, "passed": wrong == 0}
 
 
 def parser() -> argparse.ArgumentParser:

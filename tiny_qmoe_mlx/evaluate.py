@@ -81,13 +81,14 @@ def main(argv: list[str]) -> int:
         return _report(args, quiet)
     if not args.text:
         raise ValueError("[evaluate] --text should name a text to predict; only --report can do without.")
-    from tiny_qmoe_mlx.conversion.text import read_text
+    from tiny_qmoe_mlx.conversion.text import beginning, read_text
     from tiny_qmoe_mlx.report.compare import cut, evaluate
 
     text = read_text(Path(args.text), "text")
     model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
     against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
-    windows = cut(tokenizer.encode(text, add_special_tokens=False, verbose=False), args.window, args.tokens)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    windows = cut(ids, args.window, args.tokens, beginning(tokenizer))
     with terminal.Bars(quiet) as bars, blas.shared_machine():
         found = evaluate(model, windows, against, bars)
     read = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)

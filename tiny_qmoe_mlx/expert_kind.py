@@ -1,5 +1,6 @@
 """What all experts of a layer have in common, and the check that a record must pass before any kernel sees it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,13 +89,13 @@ def fused_activation(activation: nn.Module, matrices: int) -> tuple[str, float, 
     return None
 
 
-def expand(data: np.ndarray, kind: ExpertKind, where: str, table: np.ndarray | None) -> list[affine.Matrix]:
-    """The matrices of a coded record; `table` is the model's of 4-tuples, if it has one.
+def expand(data: np.ndarray, kind: ExpertKind, where: str, table: np.ndarray | None) -> Iterator[affine.Matrix]:
+    """The matrices of a coded record, one after the other; `table` is the model's of 4-tuples, if it has one.
 
     Raises:
         FormatError: naming `where` and what is wrong.
     """
-    return packed.expand(data, kind.shapes, kind.packing, where, table, native_rans.decode)
+    return packed.each(data, kind.shapes, kind.packing, where, table, native_rans.decode)
 
 
 def check_record(data: np.ndarray, kind: ExpertKind, where: str, table: np.ndarray | None = None) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import footprint, ops, speed
+from tiny_qmoe_mlx import coded_probe, footprint, ops, speed
 from tiny_qmoe_mlx.budget import Budget
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.streaming import expected, profile, trace
@@ -42,6 +42,7 @@ def bytes_of_token(container: Container) -> int:
 
 def forecast(container: Container, part: Budget, hits: float, disk_rate: float) -> dict[str, Any]:
     """Time of a token: the dense part, and the longer of its experts' products and the reads of those not in memory.
+    Coded experts are decoded as they are read, by the same cores.
 
     Args:
         container: the open model, or headers of one.
@@ -56,11 +57,20 @@ def forecast(container: Container, part: Budget, hits: float, disk_rate: float) 
     read = 0.0 if part.mode == "resident" else (1 - hits) * bytes_of_token(container)
     parts = {
         "disk_s": read / disk_rate,
-        "experts_s": speed.experts(container, footprint.top_k(container.config)),
+        "experts_s": speed.experts(container, footprint.top_k(container.config)) + _decoding(container, part, hits),
         "dense_s": speed.dense(container),
     }
     seconds = parts["dense_s"] + max(parts["disk_s"], parts["experts_s"])
     return {"tokens_per_s": 1 / seconds, **parts, "bytes_per_token": read, "limit": _limit(container, part, parts)}
+
+
+def _decoding(container: Container, part: Budget, hits: float) -> float:
+    """Seconds of decoding those coded experts of a token that are not in memory."""
+    layers, chosen = container.spec.layers, footprint.top_k(container.config)
+    if part.mode == "resident" or not layers[0].expands:
+        return 0.0
+    weights = sum(min(chosen, x.experts) * x.weights / x.experts for x in layers)
+    return (1 - hits) * weights * coded_probe.record_seconds(container)
 
 
 def _limit(container: Container, part: Budget, parts: dict[str, float]) -> str:

@@ -334,5 +334,12 @@ def _dense_product(
     z: mx.array, matrix: int, place: mx.array, ids: mx.array, records: Records, layer: ExpertShapes
 ) -> mx.array:
     weights, bias = dequantize(ids, records, layer, matrix, z.dtype)
-    y = mx.gather_mm(z[:, None, :], weights.swapaxes(-1, -2), rhs_indices=place, sorted_indices=True)
-    return y[:, 0, :] + bias[place].astype(z.dtype) if layer.bias else y[:, 0, :]
+    return gathered(z, weights, bias if layer.bias else None, place)
+
+
+def gathered(z: mx.array, weights: mx.array, bias: mx.array | None, place: mx.array) -> mx.array:
+    """Rows z (picks, C) times dense matrices (n, rows, C), each with the one at its `place`, ascending; with biases
+    (n, rows) where there are any.
+    """
+    y = mx.gather_mm(z[:, None, :], weights.swapaxes(-1, -2), rhs_indices=place, sorted_indices=True)[:, 0, :]
+    return y if bias is None else y + bias[place].astype(z.dtype)

@@ -1,6 +1,6 @@
-"""The Metal kernel of the qmoe codec, and its tables as one buffer; else as in `metal`.
+"""The Metal kernels of the qmoe codec, and its tables as one buffer; else as in `metal`.
 
-Records must have passed the host's check; but for their headers the kernel bounds whatever it reads.
+Records must have passed the host's check; but for their headers the kernels bound whatever they read.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,18 @@ def tables(coding: Coding) -> mx.array:
         parts += [table.starts32, table.words]
         at += len(table.starts32) + len(table.words)
     return mx.array(np.concatenate([np.array(directory, np.uint32), *parts]))
+
+
+@cache
+def _dense_kernel() -> metal.Kernel:
+    return metal.build(
+        name="qmoe_dequantize",
+        input_names=["pool", "ids", "table", "tables", "params"],
+        output_names=["w", "bias"],
+        header=metal.source("trellis_decode", "trellis_gather_qmv", "qmoe_gather_qmv", "qmoe_dequantize"),
+        source="qmoe_dequantize<LEVELS, BITS, BIAS>(pool, ids, table, tables, params, w, bias, "
+        f"{metal._POSITION}, simdgroups_per_threadgroup, {metal._LANE});",
+    )
 
 
 @cache
@@ -83,3 +95,33 @@ def gather_qmv(x: mx.array, ids: mx.array, records: metal.Records, layer: Shapes
         output_shapes=[(picks, rows)],
         output_dtypes=[x.dtype],
     )[0]
+
+
+def dequantize(
+    ids: mx.array, records: metal.Records, layer: Shapes, matrix: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """One matrix of each listed expert, dense.
+
+    Args:
+        ids: u32 or i32 (n,), experts.
+        layer, matrix: as `gather_qmv` takes them.
+
+    Returns:
+        weights (n, rows, columns) of `dtype`, biases float32 (n, rows), zeros where the records have none.
+    """
+    rows, columns = layer.shape
+    params = (records.base, records.table.size, 0, 0, columns, rows, matrix, layer.coding.tables)
+    weights, bias = _dense_kernel()(
+        inputs=[records.pool, ids, records.table, tables(layer.coding), metal.numbers(mx.uint32, *params)],
+        template=[
+            ("T", dtype),
+            ("LEVELS", layer.coding.levels),
+            ("BITS", layer.coding.bits),
+            ("BIAS", int(layer.bias)),
+        ],
+        grid=(-(-rows // ROWS) * ROWS * metal.THREADS, ids.size, 1),
+        threadgroup=(ROWS * metal.THREADS, 1, 1),
+        output_shapes=[(ids.size, rows, columns), (ids.size, rows)],
+        output_dtypes=[dtype, mx.float32],
+    )
+    return weights, bias

@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe, whole
+from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe, rans_probe, whole
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
@@ -286,6 +286,8 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     if ops.on_gpu() and container.spec.codec in (CODEC, QMOE):  # MLX's own kernels compute the others
         for coding in {layer.coding for layer in container.spec.layers}:
             check_gpu(container.spec.length, coding)
+    if ops.on_gpu() and container.spec.layers[0].whole:
+        check_gpu_rans()
     return container, budget
 
 
@@ -320,6 +322,20 @@ def check_gpu(length: int, coding: qmoe.Coding | None = None) -> None:
         raise ValueError(
             f"[gpu] experts should come within {allowed:g} of the specification on this GPU, they are {error:.2g} off; "
             "run python -m tiny_qmoe_mlx.doctor --record FILE and report it; mx.set_default_device(mx.cpu) works."
+        )
+
+
+def check_gpu_rans() -> None:
+    """Refuse a GPU that decodes rANS wrongly.
+
+    Raises:
+        ValueError: with the share of wrong bytes.
+    """
+    error = rans_probe.error()
+    if error:
+        raise ValueError(
+            f"[gpu] coded bytes should be decoded without an error on this GPU, {error:.2g} of them are wrong; run "
+            "python -m tiny_qmoe_mlx.doctor --record FILE and report it; mx.set_default_device(mx.cpu) works."
         )
 
 

@@ -146,7 +146,8 @@ def on_gpu() -> bool:
     return metal.available()
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
+    """What the paths of kernels on this GPU are counted under."""
     return "cuda" if cuda.available() else "metal"
 
 
@@ -163,7 +164,7 @@ def gpu_records(pool: mx.array, base: int, record_bytes: int, slots: np.ndarray)
 
 def gpu_from_records(tokens: int, k: int, experts: int, kind: ExpertKind) -> bool:
     """Whether a GPU multiplies tokens straight from the records; else each expert is decoded first."""
-    if not kind.trellis:
+    if kind.packing:
         return True
     return tokens <= DECODE_TOKENS or (tokens <= metal.MAX_TOKENS and metal.takes_records(tokens * k, experts))
 
@@ -173,13 +174,13 @@ def gpu_few(x: mx.array, indices: mx.array, records: metal.Records, kind: Expert
     in x's dtype, lazily.
     """
     if kind.packing:
-        dispatch.counts[f"affine {_gpu()}"] += 1
+        dispatch.counts[f"affine {gpu_name()}"] += 1
         return affine_product.gather(x, indices, records, kind)
     if kind.coding is not None:
-        dispatch.counts[f"qmoe {_gpu()}"] += 1
+        dispatch.counts[f"qmoe {gpu_name()}"] += 1
         return qmoe_product.gather(x, indices, records, kind)
     phase = "decode" if x.size // x.shape[-1] <= DECODE_TOKENS else "prefill"
-    dispatch.counts[f"{phase} {_gpu()}"] += 1
+    dispatch.counts[f"{phase} {gpu_name()}"] += 1
     return metal.experts(x, indices, records, kind.for_metal)
 
 
@@ -202,20 +203,22 @@ def gpu_many(
     Returns:
         (picks, d) in z's dtype, lazily.
     """
-    if not kind.trellis:
+    if kind.packing:
         chosen = mx.array(of.astype(np.int32))[:, None]
         return gpu_few(z[mx.array(rows.astype(np.int32))], chosen, records, kind, dispatch)[:, 0]
-    dispatch.counts[f"prefill {_gpu()}"] += 1
+    dispatch.counts[f"{'qmoe ' if kind.coding else ''}prefill {gpu_name()}"] += 1
     place = mx.array(np.searchsorted(experts, of).astype(np.uint32))
-    ids = mx.array(experts.astype(np.uint32))
-    return metal.expert_group(z, mx.array(rows.astype(np.int32)), place, ids, records, kind.for_metal)
+    ids, tokens = mx.array(experts.astype(np.uint32)), mx.array(rows.astype(np.int32))
+    if kind.coding is not None:
+        return qmoe_product.group(z, tokens, place, ids, records, kind)
+    return metal.expert_group(z, tokens, place, ids, records, kind.for_metal)
 
 
 def gpu_group_size(kind: ExpertKind) -> int:
     """How many experts are computed at once in prefill: one decoded matrix of each within GPU_DENSE_BYTES at 16 bits;
-    those of affine and qmoe are not decoded.
+    those of affine are not decoded.
     """
-    if not kind.trellis:
+    if kind.packing:
         return 1 << 30
     largest = max(rows * columns for rows, columns in kind.shapes)
     return max(1, GPU_DENSE_BYTES // (2 * largest))

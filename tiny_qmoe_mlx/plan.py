@@ -90,7 +90,7 @@ def _expected(container: Any, part: Any, probe: bool, profile: Any, trace: Any, 
     found = {"resident_share": part.pool_bytes / whole, "hit_rate": hits, "hit_rate_from": source}
     if container.spec.layers[0].whole:  # they come in turn, and no chain of them can be longer than the pool
         found |= {"hit_rate": part.pool_bytes / whole, "hit_rate_from": "the share of layers that fit"}
-    if not probe or container.spec.layers[0].coded:  # decoding is not timed
+    if not probe:
         return found
     largest = max(layer.record_bytes for layer in container.spec.layers)
     blas.install()

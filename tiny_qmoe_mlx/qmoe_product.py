@@ -1,5 +1,6 @@
 """What a layer of experts computes from qmoe records: one expert at a time on the CPU, straight from the codewords for
-a few tokens; on a GPU by kernels/qmoe_gather_qmv.metal.
+a few tokens; on a GPU by kernels/qmoe_gather_qmv.metal, and for many tokens from matrices that
+kernels/qmoe_dequantize.metal writes out.
 
 Records are bytes that `check_record` has passed.
 """
@@ -81,5 +82,21 @@ def _few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKin
         )
 
     last = len(kind.matrices) - 1
+    hidden = kind.activation(*(product(x, m) for m in reversed(range(last))))
+    return product(hidden, last)
+
+
+def group(
+    z: mx.array, rows: mx.array, place: mx.array, ids: mx.array, records: metal.Records, kind: ExpertKind
+) -> mx.array:
+    """Prefill: the picks of a group of experts, each decoded once; arguments and result as of `metal.expert_group`."""
+    last, coding = len(kind.matrices) - 1, _coding(kind)
+
+    def product(x: mx.array, matrix: int) -> mx.array:
+        layer = metal_qmoe.Shapes(coding, kind.shapes[matrix], kind.bias)
+        weights, bias = metal_qmoe.dequantize(ids, records, layer, matrix, x.dtype)
+        return metal.gathered(x, weights, bias if kind.bias else None, place)
+
+    x = z[rows]
     hidden = kind.activation(*(product(x, m) for m in reversed(range(last))))
     return product(hidden, last)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe
+from tiny_qmoe_mlx import coded_probe, footprint, ops, probes, qmoe_probe
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.footprint import Matrix
@@ -64,8 +64,12 @@ def disk_of(folder: Path, record_bytes: int) -> float:
 
 
 def experts(container: Container, top_k: int) -> float:
-    """Seconds of the routed experts of all layers for one token, every expert in memory."""
+    """Seconds of the routed experts of all layers for one token, every expert in memory; of coded decoder layers, those
+    of the whole layers.
+    """
     layers = container.spec.layers
+    if layers[0].whole:
+        return coded_probe.layer_seconds(container)
     hidden, width = layers[0].shapes[-1][0], layers[0].shapes[0][0]
     rate = int(np.abs(trellis.BITS[1:] - container.spec.bits).argmin()) + 1
     record = 3 * hidden * width * trellis.BITS[rate] / 8
@@ -87,7 +91,8 @@ def _call(container: Container, size: tuple[int, int, int], rate: int, x: mx.arr
     if container.spec.codec == CODEC:
         layer = probes.noise_layer(*size, rate)
         return lambda chosen: probes.layer_output(layer, x, chosen)
-    bits, (hidden, width, count) = min(AFFINE_BITS, key=lambda b: abs(b - container.spec.bits)), size
+    own = container.spec.layers[0].packing[0]
+    bits, (hidden, width, count) = own.bits if own.bits in AFFINE_BITS else 8, size
     shapes = [(count, width, hidden), (count, width, hidden), (count, hidden, width)]
     packed = [mx.quantize(mx.random.normal(shape), 64, bits) for shape in shapes]
     mx.eval(packed)

@@ -152,7 +152,7 @@ def _record_problem(
 
 
 def _decode(record: np.ndarray, layer: LayerSpec, where: str, table: np.ndarray | None) -> None:
-    for matrix in packed.expand(record, layer.shapes, layer.packing, where, table, native_rans.decode):
+    for matrix in packed.each(record, layer.shapes, layer.packing, where, table, native_rans.decode):
         packed.check_values(matrix, where)
 
 

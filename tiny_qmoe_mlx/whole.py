@@ -11,13 +11,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from tiny_qmoe_mlx import coded_gpu, ops
 from tiny_qmoe_mlx.codecs import packed
-from tiny_qmoe_mlx.codecs.affine import Matrix, Packing
+from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expand
 from tiny_qmoe_mlx.layers import Memory
 from tiny_qmoe_mlx.spec import LayerSpec
 
+ARRAYS = ("weight", "scales", "biases")  # that a module holds while its layer is expanded
 ALWAYS = np.zeros((1, 1), np.int64)  # the one record of a layer, chosen
 
 
@@ -46,37 +48,84 @@ class Whole:
 
     def _fill(self, dtype: mx.Dtype) -> None:
         memory, pool = self._memory, self._memory.cache.pool_of_layer[self._index]
-        spec = memory.cache.store.container.spec.layers[self._index]
+        store, gpu = memory.cache.store, ops.on_gpu()
+        spec = store.container.spec.layers[self._index]
         with memory.demand(self._index, ALWAYS, False) as demand:
-            for _, offsets in demand:
-                data = pool.data[offsets[0] : offsets[0] + spec.record_bytes]
-                found = expand(data, self._kind, spec.file, memory.cache.store.table)
-                for module, matrix in zip(self._parts(), found, strict=True):
-                    fill(module, matrix, dtype)
-        memory.dispatch.counts["layers expanded"] += 1
+            for _, (offset,) in demand:
+                record = pool.data[offset : offset + spec.record_bytes]
+                place = (pool.array, pool.base, int(offset)) if gpu else None
+                expand_into(self._parts(), record, self._kind, spec.file, store.table, dtype, place)
+        memory.dispatch.counts["layers expanded" + f" {ops.gpu_name()}" * gpu] += 1
         if not pool.resident and self._index + 1 < len(memory.cache.pool_of_layer):
             memory.cache.expect(self._index + 1, [0])
 
 
-def fill(module: nn.Module, matrix: Matrix, dtype: mx.Dtype) -> None:
-    """Give a matrix's module its arrays: what it computes in float32 is float32, levels have the type of its input."""
-    own = matrix.packing
-    if own.mode == "levels":
-        module.weight = mx.array(packed.values(matrix)).astype(dtype)
+def expand_into(
+    modules: list[nn.Module],
+    record: np.ndarray,
+    kind: ExpertKind,
+    where: str,
+    table: np.ndarray | None,
+    dtype: mx.Dtype,
+    place: tuple[mx.array, int, int] | None = None,
+) -> None:
+    """Give modules the arrays of a layer's record, copied: its slot may be read into again.
+
+    Args:
+        record: u8 (record_bytes,); where: the file that it is of; table: of 4-tuples, if the model has one.
+        dtype: that the layer computes in.
+        place: where a GPU finds the record: the pool, bytes before its first record, and those from there; None to
+            expand on the CPU.
+
+    Raises:
+        FormatError: the record is damaged.
+    """
+    if place is not None:
+        _expand_on_gpu(modules, record, kind, where, table, dtype, place)
         return
-    types = {"weight": own.scales if own.mode == "plain" else "", "scales": own.scales, "biases": own.scales}
-    for name, array in matrix.arrays.items():
-        found = mx.array(array)
-        if types[name] == "bfloat16":
-            found = found.view(mx.bfloat16)
-        floats = dtype == mx.float32 and mx.issubdtype(found.dtype, mx.floating)
-        setattr(module, name, found.astype(mx.float32) if floats else found)
-    mx.eval([module[name] for name in matrix.arrays])  # copied: the record's slot may be read into again
+    for module, matrix in zip(modules, expand(record, kind, where, table), strict=True):
+        if matrix.packing.mode == "levels":
+            fill(module, {"weight": mx.array(packed.values(matrix)).astype(dtype)}, dtype)
+            continue
+        fill(module, {name: _typed(array, name, matrix.packing) for name, array in matrix.arrays.items()}, dtype)
+        mx.eval([module[name] for name in matrix.arrays])
+
+
+def _expand_on_gpu(
+    modules: list[nn.Module],
+    record: np.ndarray,
+    kind: ExpertKind,
+    where: str,
+    table: np.ndarray | None,
+    dtype: mx.Dtype,
+    place: tuple[mx.array, int, int],
+) -> None:
+    found, faults = coded_gpu.expand(*place, record, kind, where, table)
+    for module, arrays, own in zip(modules, found, kind.packing, strict=True):
+        if own.mode == "levels":
+            arrays = {"weight": coded_gpu.values(arrays, own.group_size).astype(dtype)}
+        fill(module, arrays, dtype)
+    mx.eval([module[name] for module in modules for name in ARRAYS if name in module], faults)
+    coded_gpu.require_sound(faults, where)
+
+
+def _typed(array: np.ndarray, name: str, packing: Packing) -> mx.array:
+    """An array of a record with MLX's type."""
+    kind = packing.scales if packing.mode == "plain" or name != "weight" else ""
+    found = mx.array(array)
+    return found.view(mx.bfloat16) if kind == "bfloat16" else found
+
+
+def fill(module: nn.Module, arrays: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    """Give a matrix's module its arrays, lazily: what it computes in float32 is float32."""
+    for name, array in arrays.items():
+        floats = dtype == mx.float32 and mx.issubdtype(array.dtype, mx.floating)
+        setattr(module, name, array.astype(mx.float32) if floats else array)
 
 
 def empty(module: nn.Module) -> None:
     """Take a matrix's arrays out of its module; its bias stays."""
-    for name in ("weight", "scales", "biases"):
+    for name in ARRAYS:
         module.pop(name, None)
 
 
@@ -89,7 +138,7 @@ def swap(model: nn.Module, index: int, layer: LayerSpec, kind: ExpertKind) -> No
     modules = dict(model.named_modules())
     decoder = modules.get(layer.path)
     parts = [
-        _emptied(modules.get(f"{layer.path}.{m[0]}"), m, p) for m, p in zip(layer.matrices, layer.packing, strict=True)
+        emptied(modules.get(f"{layer.path}.{m[0]}"), m, p) for m, p in zip(layer.matrices, layer.packing, strict=True)
     ]
     if decoder is None or any(part is None for part in parts):
         raise FormatError(
@@ -102,7 +151,7 @@ def swap(model: nn.Module, index: int, layer: LayerSpec, kind: ExpertKind) -> No
     decoder.prepare(index, kind, parts)
 
 
-def _emptied(linear: Any, matrix: tuple[str, int, int], packing: Packing) -> nn.Module | None:
+def emptied(linear: Any, matrix: tuple[str, int, int], packing: Packing) -> nn.Module | None:
     """A linear layer without its arrays, of the kind that its packing computes with; None where it is none."""
     if type(linear) is not nn.Linear or linear.weight.shape != matrix[1:]:
         return None

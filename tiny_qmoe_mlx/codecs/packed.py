@@ -7,7 +7,7 @@ record says. A plane of 4-bit codes has two of them in a byte. A float gives its
 a plane of its own (as DFloat11, arXiv 2504.11651, does for bfloat16).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,13 @@ Shapes = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Plane:
-    """A plane of bytes as a record holds it: how it is coded, its payload u8 (n,), how many bytes it decodes to, and
-    the payload's parts where it is rANS.
+    """A plane of bytes as a record holds it: how it is coded, its payload u8 (n,) and where in the record that begins,
+    how many bytes it decodes to, and the payload's parts where it is rANS.
     """
 
     method: int
     payload: np.ndarray
+    at: int
     count: int
     coded: rans.Coded | None = None
 
@@ -176,7 +177,7 @@ def parse(
     for number, ((method, length), count) in enumerate(zip(entries.tolist(), sizes, strict=True)):
         if at + length > len(data):
             raise FormatError(f"[{where}] plane {number} should end within {len(data)} bytes, at {at + length}.")
-        planes.append(_plane(method, data[at : at + length], count, f"{where}, plane {number}", table))
+        planes.append(_plane(method, data[at : at + length], at, count, f"{where}, plane {number}", table))
         at += _rounded(length, STEP)
     if _rounded(at, UNIT) != int(data[8:12].view("<u4")[0]):
         raise FormatError(f"[{where}] planes should fill the used bytes, they end at {at}; {rans.AGAIN}.")
@@ -203,18 +204,18 @@ def _check_header(data: np.ndarray, planes: int, where: str) -> None:
         raise FormatError(f"[{where}] the record's header is damaged; {rans.AGAIN}.")
 
 
-def _plane(method: int, payload: np.ndarray, count: int, where: str, table: np.ndarray | None) -> Plane:
+def _plane(method: int, payload: np.ndarray, at: int, count: int, where: str, table: np.ndarray | None) -> Plane:
     """A plane, with what can be said of it before it is decoded."""
     length = len(payload)
     if method == RANS:
-        return Plane(method, payload, count, rans.parse(payload, count, where))
+        return Plane(method, payload, at, count, rans.parse(payload, count, where))
     if method not in (RAW, TUPLES):
         raise FormatError(f"[{where}] should be coded by method 0 to 2, received {method}; {rans.AGAIN}.")
     if method == RAW and length != count:
         raise FormatError(f"[{where}] should have {count} bytes, has {length}; {rans.AGAIN}.")
     if method == TUPLES and (table is None or length % 2):
         raise FormatError(f"[{where}] should be whole codewords of the model's table, {length} bytes; {rans.AGAIN}.")
-    return Plane(method, payload, count)
+    return Plane(method, payload, at, count)
 
 
 def expand(
@@ -234,15 +235,25 @@ def expand(
     Raises:
         FormatError: what is wrong.
     """
+    return list(each(data, shapes, packing, where, table, decode))
+
+
+def each(
+    data: np.ndarray,
+    shapes: Shapes,
+    packing: tuple[Packing, ...],
+    where: str,
+    table: np.ndarray | None = None,
+    decode: Decode = rans.decode,
+) -> Iterator[Matrix]:
+    """The same one matrix after the other: a record of a whole decoder layer is large."""
     planes = iter(parse(data, shapes, packing, where, table))
-    matrices = []
     for own, parts in zip(packing, affine.layout(tuple(shapes), packing)[0], strict=True):
         matrix = Matrix(own)
         for part in parts:
             found = [_decoded(next(planes), where, table, decode) for _ in plane_sizes(part, own)]
             matrix.arrays[part.name] = join(found, part, own)
-        matrices.append(matrix)
-    return matrices
+        yield matrix
 
 
 def _decoded(plane: Plane, where: str, table: np.ndarray | None, decode: Decode) -> np.ndarray:

@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 from tiny_qmoe_mlx.conversion import layerwise, rest
 from tiny_qmoe_mlx.conversion.expert_pass import original_outputs
 from tiny_qmoe_mlx.expert_kind import ExpertKind
-from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 
 NOISE = 0.1  # relative to a token's expert output: small enough for its square to count, large against rounding
@@ -37,8 +37,10 @@ def sensitivities(source: Path, kinds: dict[int, ExpertKind], tokens: np.ndarray
         FormatError: the model cannot be taken apart.
     """
     model, _ = checkpoint.load_lazy(source)  # its own: what a layer's weights take is given back after it
-    found = {f.layer: f for f in checkpoint.expert_layers(model)}
     dequantize_rest(model)
+    if not dense.is_mixture(model):
+        dense.as_mixture(model)
+    found = {f.layer: f for f in checkpoint.expert_layers(model)}
     batch, group = _batch(tokens, list(kinds))
     paths = [path for path, _ in layerwise.decoder_layers(model)]
     experts = {layer: layerwise.Experts() for layer in kinds}

@@ -86,12 +86,17 @@ def _divergence(p: Any, q: Any) -> Any:
     return (mx.exp(p) * (p - q)).sum(-1)
 
 
-def cut(ids: list[int], length: int, tokens: int) -> list[list[int]]:
+def cut(ids: list[int], length: int, tokens: int, begin: list[int]) -> list[list[int]]:
     """Windows of `length` predictions each (one token more), one after the other, of at most `tokens` predictions.
+
+    Args:
+        begin: the token that a text begins with, which then stands before each window; or nothing.
 
     Raises:
         ValueError: fewer than two tokens.
     """
+    if begin and ids:
+        return [begin + ids[start : min(start + length, tokens)] for start in range(0, min(len(ids), tokens), length)]
     ids = ids[: tokens + 1]
     if len(ids) < 2:
         raise ValueError("[evaluate] the text should have at least two tokens; give a longer one.")

@@ -232,12 +232,13 @@ def _windows(
     pair: Any, text: Path | None, extent: Extent, progress: Progress
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Token windows to predict, and where they are from."""
-    from tiny_qmoe_mlx.conversion.text import read_text, write_text
+    from tiny_qmoe_mlx.conversion.text import beginning, read_text, write_text
     from tiny_qmoe_mlx.report import compare
 
     if text is not None:
         ids = pair.tokenizer.encode(read_text(text, "text"), add_special_tokens=False, verbose=False)
-        return compare.cut(ids, extent.window, extent.tokens), {"source": text.name}
+        windows = compare.cut(ids, extent.window, extent.tokens, beginning(pair.tokenizer))
+        return windows, {"source": text.name}
     if not pair.whole:
         raise BudgetError(
             "[report] the original writes the text that it is measured on, and does not fit this machine's memory "

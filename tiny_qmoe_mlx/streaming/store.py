@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import xxhash
@@ -35,7 +36,8 @@ class ExpertStore:
     """
 
     def __init__(self, container: Container, kinds: list[ExpertKind], checks: str = "first"):
-        """checks: which reads have their checksum verified: of a record's "first" touch, "always" or "never".
+        """kinds: of the layers; none of a store that reads records as they lie. checks: which reads have their checksum
+        verified: of a record's "first" touch, "always" or "never".
 
         Raises:
             ValueError: another word.
@@ -52,6 +54,9 @@ class ExpertStore:
         self.retries = 0
         self._checked: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
+        # Whole decoder layers are expanded for their check: one at a time, and by one thread, since the system's
+        # allocator keeps for each what it has freed (80 MB of eight readers of SmolLM2-135M's layers)
+        self._checker = ThreadPoolExecutor(1)
         layers = range(len(container.spec.layers))
         self._checksums = [container.checksums(i) for i in layers]
         self._files = [_open(str(container.expert_file(i))) for i in layers]
@@ -84,7 +89,8 @@ class ExpertStore:
             OSError: the disk could not be read; names file, layer and expert.
         """
         spec = self.container.spec.layers[layer]
-        records = [np.empty(spec.record_bytes, np.uint8) if spec.expands else p[: spec.record_bytes] for p in into]
+        expands = spec.expands and bool(self.kinds)
+        records = [np.empty(spec.record_bytes, np.uint8) if expands else p[: spec.record_bytes] for p in into]
         for pause in (*PAUSES, None):
             try:
                 self._fill(layer, experts[0], records)
@@ -102,7 +108,7 @@ class ExpertStore:
             if self.checks == "always" or (self.checks == "first" and (layer, expert) not in self._checked):
                 self._check(layer, expert, record)
         self._check_unchanged(layer)
-        if spec.expands:
+        if expands:
             for expert, record, part in zip(experts, records, into, strict=True):
                 self._expand(layer, expert, record, part)
 
@@ -154,7 +160,10 @@ class ExpertStore:
                     f"[{where}] the record's checksum does not match its bytes: the file is damaged; "
                     "copy it again, or convert the model again."
                 )
-        check_record(record, self.kinds[layer], where, self.table)
+        if self.container.spec.layers[layer].whole:
+            self._checker.submit(check_record, record, self.kinds[layer], where, self.table).result()
+        else:
+            check_record(record, self.kinds[layer], where, self.table)
         with self._lock:
             self._checked.add((layer, expert))
 
@@ -168,6 +177,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
+        self._checker.shutdown()
         for files in (self._files, self._direct):
             while files:
                 file = files.pop()
