@@ -1,5 +1,5 @@
 """mlx-lm's classes with their routed experts where this program looks for them: in a SwitchGLU or SwitchMLP that holds
-nothing else.
+nothing else; and those of the one type that mlx-lm does not have (switch_transformers.py).
 
 Two families have them otherwise. DBRX keeps a list of dense layers and calls them token by token; here they become one
 SwitchGLU. Muse Spark hangs a norm on its SwitchGLU; here a `Holder` takes the module's place and has both below it.
@@ -17,13 +17,17 @@ Weights = dict[str, mx.array]
 
 
 def model_classes(config: dict) -> tuple[type, type]:
-    """mlx-lm's (Model, ModelArgs) for a config, with experts as above; `sanitize` takes what mlx-lm's takes.
+    """(Model, ModelArgs) for a config, with experts as above; `sanitize` takes what mlx-lm's takes.
 
     Raises:
         ValueError: mlx-lm does not know the model_type.
     """
     from mlx_lm.utils import _get_classes
 
+    from tiny_qmoe_mlx.original import switch_transformers
+
+    if switch_transformers.is_encoder_decoder(config):
+        return switch_transformers.Model, switch_transformers.ModelArgs
     base, arguments = _get_classes(config)
     if issubclass(base, dbrx.Model):
         return Dbrx, arguments
