@@ -13,6 +13,7 @@ import numpy as np
 from tiny_qmoe_mlx.errors import FormatError
 
 SHARE, SPAN = 0.15, 3.0
+MODEL_TYPE = "switch_transformers"
 SENTINELS = 100  # of T5's tokenizer: <extra_id_0> to <extra_id_99>
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
@@ -25,15 +26,39 @@ class Masked(list):
         self.inputs = inputs
 
 
+def is_encoder_decoder(config: dict[str, Any]) -> bool:
+    """Whether a config is of the one kind of encoder-decoders that there is here."""
+    return config.get("model_type") == MODEL_TYPE
+
+
+def refuse(config: dict[str, Any], what: str) -> None:
+    """Refuse an encoder-decoder where it makes no sense.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_encoder_decoder(config):
+        raise ValueError(
+            f"[model] {what} should be given a model that goes on from a text, this encoder-decoder fills masked "
+            "spans; use python -m tiny_qmoe_mlx.generate."
+        )
+
+
+def known_sentinels(tokenizer: Any) -> list[int]:
+    """Ids of the tokenizer's sentinels, the first span's first; none where it has none."""
+    ids = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(SENTINELS)]
+    missing = next((i for i, found in enumerate(ids) if found in (None, tokenizer.unk_token_id)), SENTINELS)
+    return ids[:missing]
+
+
 def sentinels(tokenizer: Any) -> list[int]:
-    """Ids of the tokenizer's sentinels, the first span's first.
+    """The same, where there must be some.
 
     Raises:
         FormatError: it has none.
     """
-    ids = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(SENTINELS)]
-    known = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
-    if not known or ids[: len(known)] != known:
+    known = known_sentinels(tokenizer)
+    if not known:
         raise FormatError(
             "[tokenizer] that of an encoder-decoder should have sentinels, <extra_id_0> and more, and has none; copy "
             "the original's tokenizer files."
@@ -45,6 +70,11 @@ def counts(length: int) -> tuple[int, int]:
     """(masked tokens, spans) of a text of so many tokens, at least two."""
     masked = min(max(round(length * SHARE), 1), length - 1)
     return masked, max(1, min(round(masked / SPAN), length - masked))
+
+
+def extra(length: int) -> int:
+    """How many more tokens encoder and decoder read together than a text of this length has."""
+    return 2 * counts(length)[1] + 2 if length > 1 else 0
 
 
 def spans(length: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -29,9 +29,9 @@ from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.hub.shards import SourceShards
 from tiny_qmoe_mlx.hub.upload import Uploader
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
-from tiny_qmoe_mlx.original.switch_transformers import is_encoder_decoder
 from tiny_qmoe_mlx.report import write as report
 from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODED, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, disk_full

@@ -11,6 +11,9 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models import dbrx
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
+from tiny_qmoe_mlx.original import switch_transformers
+
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
 DBRX_NAMES = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
 Weights = dict[str, mx.array]
@@ -24,9 +27,7 @@ def model_classes(config: dict) -> tuple[type, type]:
     """
     from mlx_lm.utils import _get_classes
 
-    from tiny_qmoe_mlx.original import switch_transformers
-
-    if switch_transformers.is_encoder_decoder(config):
+    if is_encoder_decoder(config):
         return switch_transformers.Model, switch_transformers.ModelArgs
     base, arguments = _get_classes(config)
     if issubclass(base, dbrx.Model):

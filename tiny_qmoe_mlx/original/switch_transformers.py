@@ -9,7 +9,6 @@ block by block as through any other model. There is no padding: rows of a batch 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,8 +19,6 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from tiny_qmoe_mlx.original.dense import GeGLU
 from tiny_qmoe_mlx.original.switch_weights import Weights, sanitize
 from tiny_qmoe_mlx.original.t5_attention import Attention, DecoderCache, buckets
-
-MODEL_TYPE = "switch_transformers"
 
 
 @dataclass
@@ -363,8 +360,3 @@ class Model(nn.Module):
 def make_caches(args: ModelArgs, inputs: mx.array | None = None) -> list[DecoderCache]:
     """Caches of a model with these arguments; see `Model.make_cache`."""
     return [DecoderCache(inputs) for _ in args.sparse(decoder=True)]
-
-
-def is_encoder_decoder(config: dict[str, Any]) -> bool:
-    """Whether a config is of the kind of this file."""
-    return config.get("model_type") == MODEL_TYPE

@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 from tiny_qmoe_mlx import budget, masked_spans, models
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import writer
-from tiny_qmoe_mlx.masked_spans import Masked
+from tiny_qmoe_mlx.masked_spans import Masked, is_encoder_decoder
 from tiny_qmoe_mlx.original import dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 
@@ -100,17 +100,21 @@ def cut(ids: list[int], length: int, tokens: int) -> list[list[int]]:
     return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
 
 
-def cut_masked(ids: list[int], length: int, tokens: int, tokenizer: Any, config: dict[str, Any]) -> list[Any]:
-    """Windows of `length` tokens, one after the other, with spans masked, of at most `tokens` predictions or one window.
+def windows_of(text: str, length: int, tokens: int, tokenizer: Any, config: dict[str, Any]) -> list[list[int]]:
+    """Windows of a text as `evaluate` takes them, by `cut`; for an encoder-decoder of `length` tokens with spans
+    masked, one at least, else of at most `tokens` predictions.
 
     Raises:
-        ValueError: fewer than two tokens, or more in a window than there are sentinels for.
+        ValueError: fewer than two tokens, or a window with more spans than the tokenizer has sentinels.
     """
+    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    if not is_encoder_decoder(config):
+        return cut(ids, length, tokens)
     pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
     if not pieces:
         raise ValueError("[evaluate] the text should have at least two tokens; give a longer one.")
-    each = sum(masked_spans.counts(min(length, len(ids)))) + 1
-    return masked_spans.mask_all(pieces[: max(1, tokens // each)], tokenizer, config)
+    each = sum(masked_spans.counts(len(pieces[0]))) + 1
+    return [*masked_spans.mask_all(pieces[: max(1, tokens // each)], tokenizer, config)]
 
 
 def open_original(directory: Path, reserved: int, context: int) -> tuple[Any, dict[str, Any], bool]:
