@@ -23,10 +23,10 @@ CONFIG = {
     "d_ff": 96,
     "num_heads": 4,
     "num_experts": 8,
-    "num_layers": 4,
-    "num_decoder_layers": 3,
-    "num_sparse_encoder_layers": 2,
-    "num_sparse_decoder_layers": 3,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 2,
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
     "eos_token_id": 1,
@@ -49,10 +49,12 @@ def write(directory: Path, seed: int = 0, **overrides) -> Path:
 
 
 def _noise(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Sizes at which attention is not a matter of one position alone, and routers are decided."""
     if len(shape) == 1:
         return (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)
-    size = 4.0 if "router" in name else 1.0 if "relative" in name or "shared" in name else 1.5 / shape[1] ** 0.5
-    return (size * rng.standard_normal(shape) / (shape[1] ** 0.5 if "router" in name else 1)).astype(np.float32)
+    sizes = {".q.": 0.3, "router": 4.0, "relative": shape[1] ** 0.5, "shared": shape[1] ** 0.5}
+    size = next((own for part, own in sizes.items() if part in name), 1.5)
+    return (size * rng.standard_normal(shape) / shape[1] ** 0.5).astype(np.float32)
 
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
