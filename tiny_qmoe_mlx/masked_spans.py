@@ -74,7 +74,7 @@ def counts(length: int) -> tuple[int, int]:
 
 def extra(length: int) -> int:
     """How many more tokens encoder and decoder read together than a text of this length has."""
-    return 2 * counts(length)[1] + 2 if length > 1 else 0
+    return 2 * counts(length)[1] + 3 if length > 1 else 0
 
 
 def spans(length: int, rng: np.random.Generator) -> list[tuple[int, int]]:
