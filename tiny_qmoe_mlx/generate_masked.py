@@ -3,7 +3,7 @@ own loop. Where the prompt has sentinels, it writes what they stand for.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"[options] --{flag} is not there for encoder-decoders as this model; leave it out.")
 
 
-def stream(model: Any, tokenizer: Any, prompt: str | Sequence[int], **options: Any) -> Iterator[Any]:
+def stream(model: Any, tokenizer: Any, prompt: str | Sequence[int], **options: Any) -> Generator[Any, None, None]:
     """What mlx_lm.stream_generate yields, of the decoder; it ends after the last of the prompt's sentinels too.
 
     Args:
@@ -47,8 +47,9 @@ def stream(model: Any, tokenizer: Any, prompt: str | Sequence[int], **options: A
     last = _after_last(ids, known_sentinels(tokenizer))
     for response in stream_generate(model, tokenizer, [start], prompt_cache=cache, **options):
         ends = response.token == last
-        own = {"finish_reason": "stop"} if ends else {}
-        yield replace(response, prompt_tokens=len(ids), prompt_tps=response.prompt_tps * len(ids), **own)
+        reason = "stop" if ends else response.finish_reason
+        speed = response.prompt_tps * len(ids)  # of one token, to mlx-lm: the decoder's first
+        yield replace(response, prompt_tokens=len(ids), prompt_tps=speed, finish_reason=reason)
         if ends:
             return
 

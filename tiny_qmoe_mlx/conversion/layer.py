@@ -203,8 +203,10 @@ def _learned_from(routed: layerwise.Routed, missing: np.ndarray | None, counted:
     kept = routed.counts.any(1)
     if counted is not None:
         kept &= counted.reshape(-1)
-    arrays = (routed.x, routed.chosen, routed.weight, missing)
-    return LayerTokens(*(a if a is None or kept.all() else a[kept] for a in arrays))
+    if kept.all():
+        return LayerTokens(routed.x, routed.chosen, routed.weight, missing)
+    missing = None if missing is None else missing[kept]
+    return LayerTokens(routed.x[kept], routed.chosen[kept], routed.weight[kept], missing)
 
 
 def _counted(job: Job, records: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -247,7 +247,7 @@ class Stack(nn.Module):
         if not args.tie_word_embeddings:
             self.embed_tokens = nn.Embedding(args.vocab_size, args.d_model)
         self.relative_attention_bias = nn.Embedding(args.relative_attention_num_buckets, args.num_heads)
-        self.layers = [kind(args, sparse) for sparse in args.sparse(decoder)]
+        self.layers: list[nn.Module] = [kind(args, sparse) for sparse in args.sparse(decoder)]
         self.final_norm = nn.RMSNorm(args.d_model, args.layer_norm_epsilon)
 
     def bias(self, length: int, offset: int = 0) -> mx.array:
