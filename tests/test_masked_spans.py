@@ -13,7 +13,7 @@ import switch_models
 from tiny_qmoe_mlx import masked_spans, models, native
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.generate import generate, stream_generate
-from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original.checkpoint import load_lazy
 from tiny_qmoe_mlx.plan import plan
 
 pytest_plugins = ["command_fixtures"]
@@ -151,13 +151,21 @@ def test_evaluate_gives_the_loss_on_masked_spans_beside_the_original(here, sourc
     tokenizer, words = models.open_tokenizer(converted), text.read_text()
     each = sum(masked_spans.counts(80)) + 1
     loss, tokens = loss_by_hand(switch_models.plain_model(converted), tokenizer, words, 80, 60 // each)
-    original, _ = loss_by_hand(checkpoint.load_lazy(source)[0], tokenizer, words, 80, 60 // each)
+    original, _ = loss_by_hand(load_lazy(source)[0], tokenizer, words, 80, 60 // each)
     assert found["tokens"] == tokens == 60 // each * each and "bits_per_byte" not in found
     assert found["nll"] == pytest.approx(loss, rel=1e-4)
     assert np.log(found["against_perplexity"]) == pytest.approx(original, rel=1e-4)
     assert found["kl_mean"] > 0.001
     plain = here("evaluate", "--model", source, *options[:-1])
     assert f"{tokens} tokens of masked spans: loss {original:.4f}" in plain.out
+
+
+@needs_compiler
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_encoder_decoder_beside_another_kind_is_refused(here, source, checkpoint, text, turned):
+    pair = (checkpoint, source) if turned else (source, checkpoint)
+    done = here("evaluate", "--model", pair[0], "--against", pair[1], "--text", text)
+    assert done.status == 1 and "should be both encoder-decoders or neither, one of them is" in done.err, done
 
 
 @needs_compiler

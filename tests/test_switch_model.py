@@ -251,6 +251,22 @@ def test_an_expert_with_as_many_rows_as_there_are_experts_is_not_taken_for_all_o
         np.testing.assert_array_equal(got, np.array(mx.stack(want)))
 
 
+def test_a_whole_model_is_not_finetuned(made):
+    source, directory = made("trellis")
+    with pytest.raises(ValueError, match="--finetune-gains is not there for encoder-decoders"):
+        convert(source, directory, VARIANTS["trellis"][0], finetune=True)
+
+
+def test_a_bfloat16_checkpoint(tmp_path):
+    source = switch_models.write(tmp_path / "hf")
+    file = str(source / "model.safetensors")
+    mx.save_safetensors(file, {name: array.astype(mx.bfloat16) for name, array in mx.load(file).items()})
+    directory = convert(source, tmp_path / "out", Settings(bits=3.0, sequences=4, sequence_tokens=40))
+    model, _ = models.load(directory, memory=budget(directory, 0), context=512)
+    assert_close(logits(model, *tokens()), logits(switch_models.plain_model(directory), *tokens()), LOGIT_TOLERANCE)
+    model.close()
+
+
 def test_codec_affine_takes_it_too(tmp_path):
     source = switch_models.write(tmp_path / "hf", d_ff=128)
     directory = convert(source, tmp_path / "out", Settings(bits=8, codec="affine", rest_bits=16))
@@ -334,6 +350,14 @@ def test_a_tokenizer_without_sentinels_is_refused(made, tmp_path):
         ),
         ({"router_dtype": "float8"}, "router_dtype should be float32, float16 or bfloat16, received 'float8'"),
         ({"num_experts": 9}, "mlx-lm cannot load .* 8"),
+        ({"num_heads": 0}, "num_heads should be an integer of at least 1, received 0"),
+        ({"expert_capacity": "many"}, "expert_capacity should be an integer of at least 1, received many"),
+        (
+            {"relative_attention_num_buckets": 3},
+            "relative_attention_num_buckets should be at least 4, .* received 3 and 128",
+        ),
+        ({"relative_attention_max_distance": 16}, "should be at least 4, .* received 32 and 16"),
+        ({"decoder_start_token_id": 384}, "decoder_start_token_id should lie in 0 to 383, received 384"),
     ],
 )
 def test_configs_that_are_refused(made, tmp_path, changes, message):

@@ -86,13 +86,12 @@ def main(argv: list[str]) -> int:
         raise ValueError("[evaluate] --text should name a text to predict; only --report can do without.")
     from tiny_qmoe_mlx.conversion.text import read_text
     from tiny_qmoe_mlx.masked_spans import Masked
-    from tiny_qmoe_mlx.original import checkpoint
     from tiny_qmoe_mlx.report.compare import evaluate, windows_of
 
     text = read_text(Path(args.text), "text")
+    config = _config(args, quiet)
     model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
     against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
-    config = checkpoint.read_config(locate.model_directory(args.model, quiet))
     windows = windows_of(text, args.window, args.tokens, tokenizer, config)
     with terminal.Bars(quiet) as bars, blas.shared_machine():
         found = evaluate(model, windows, against, bars)
@@ -104,6 +103,22 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join(_lines(found)))
     return 0
+
+
+def _config(args: argparse.Namespace, quiet: bool) -> dict[str, Any]:
+    """The model's config; before anything is loaded.
+
+    Raises:
+        ValueError: one of two models is an encoder-decoder, the other is not.
+    """
+    from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
+    from tiny_qmoe_mlx.original.checkpoint import read_config
+
+    names = [name for name in (args.model, args.against) if name]
+    configs = [read_config(locate.model_directory(name, quiet)) for name in names]
+    if len({is_encoder_decoder(config) for config in configs}) == 2:
+        raise ValueError("[evaluate] --model and --against should be both encoder-decoders or neither, one of them is.")
+    return configs[0]
 
 
 def _report(args: argparse.Namespace, quiet: bool) -> int:

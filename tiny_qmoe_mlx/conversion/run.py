@@ -88,7 +88,9 @@ def convert(
         located, tokens = _write(wanted, settings, progress, uploader)
     elif finetune:
         located = hub.locate(str(hf_path), revision)
-        tokens = _tokens(located, checkpoint.read_config(located.directory), _decided(settings, located), progress)
+        config = checkpoint.read_config(located.directory)
+        _check_kind(settings, config, finetune)
+        tokens = _tokens(located, config, _decided(settings, located), progress)
     if finetune and located and tokens is not None:
         _improve(output, located, tokens, progress)
     if extent is not None and located and not stream_shards:
@@ -141,7 +143,8 @@ def _write(
     with unfinished.unfinished_directory(output, wanted.overwrite) as directory, threadpool_limits(1, "blas"):
         try:
             located, shards = _open(wanted)
-            _check_kind(settings, wanted, checkpoint.read_config(located.directory))
+            config = checkpoint.read_config(located.directory)
+            _check_kind(settings, config, wanted.finetune, wanted.stream_shards)
             settings = _decided(settings, located)
             if settings.codec in CODED:
                 methods = coded.convert(located, settings, directory, wanted.source, progress)
@@ -169,7 +172,7 @@ def _write(
     return located, tokens
 
 
-def _check_kind(settings: Settings, wanted: Wanted, config: dict) -> None:
+def _check_kind(settings: Settings, config: dict, finetune: bool, stream_shards: bool = False) -> None:
     """Refuse what is not there for an encoder-decoder.
 
     Raises:
@@ -178,8 +181,8 @@ def _check_kind(settings: Settings, wanted: Wanted, config: dict) -> None:
     if not is_encoder_decoder(config):
         return
     refused = {
-        "--finetune-gains": wanted.finetune,
-        "--stream-shards": wanted.stream_shards,
+        "--finetune-gains": finetune,
+        "--stream-shards": stream_shards,
         "--layer-rates": settings.layer_rates,
         f"--calibration {settings.calibration}": settings.calibration == "self",
     }

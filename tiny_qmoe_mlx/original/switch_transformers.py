@@ -20,6 +20,20 @@ from tiny_qmoe_mlx.original.dense import GeGLU
 from tiny_qmoe_mlx.original.switch_weights import Weights, sanitize
 from tiny_qmoe_mlx.original.t5_attention import Attention, DecoderCache, buckets
 
+SIZES = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_heads",
+    "num_layers",
+    "num_decoder_layers",
+    "num_experts",
+    "expert_capacity",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+
 
 @dataclass
 class ModelArgs(BaseModelArgs):
@@ -65,6 +79,7 @@ class ModelArgs(BaseModelArgs):
             self.num_decoder_layers = self.num_sparse_decoder_layers
             self.encoder_sparse_step = self.decoder_sparse_step = 1
             self.tie_word_embeddings = False
+        self._check_sizes()
         known = ("gelu_new", "gated-gelu") if self.is_gated_act else ("relu",)
         if self.dense_act_fn not in known:
             raise ValueError(
@@ -73,6 +88,21 @@ class ModelArgs(BaseModelArgs):
             )
         if self.router_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"router_dtype should be float32, float16 or bfloat16, received {self.router_dtype!r}")
+
+    def _check_sizes(self) -> None:
+        for name in SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} should be an integer of at least 1, received {str(value)[:80]}")
+        count, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if count < 4 or farthest <= count // 2:
+            raise ValueError(
+                "relative_attention_num_buckets should be at least 4, and relative_attention_max_distance more than "
+                f"half of it, received {count} and {farthest}"
+            )
+        start = self.decoder_start_token_id
+        if type(start) is not int or not 0 <= start < self.vocab_size:
+            raise ValueError(f"decoder_start_token_id should lie in 0 to {self.vocab_size - 1}, received {start}")
 
     def sparse(self, decoder: bool) -> list[bool]:
         """Whether each block of a stack has experts, by transformers' rule."""
