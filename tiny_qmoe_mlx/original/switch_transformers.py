@@ -162,7 +162,7 @@ class Mixture(nn.Module):
         if "bias" in self.router:
             scores = scores + self.router.bias.astype(self._dtype)
         probability = mx.softmax(scores, axis=-1, precise=True).astype(x.dtype)
-        chosen = probability.argmax(axis=-1, keepdims=True)
+        chosen = mx.stop_gradient(probability.argmax(axis=-1, keepdims=True))
         weight = mx.take_along_axis(probability, chosen, axis=-1)
         taken = None if inside is None else mx.broadcast_to(inside[:, None], chosen.shape)
         if x.shape[-2] > self._capacity:
