@@ -21,6 +21,11 @@ def test_bfloat16_takes_what_the_paper_says(name, gigabytes):
     assert 2 * public_sizes.parameters(public_sizes.build(public)) / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
+def test_the_table_of_models_has_todays_words():
+    table = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+    assert f"tokens: {public_sizes.words('switch_transformers')}." in table.read_text()
+
+
 def test_at_the_papers_rate_it_takes_the_papers_disk():
     rest = public_sizes.parameters(public_sizes.build(b.model())) - EXPERT_WEIGHTS
     assert EXPERT_WEIGHTS * b.PAPER_RATE / 8 + 2 * rest == pytest.approx(b.PAPER_DISK, rel=0.002)
