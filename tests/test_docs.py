@@ -1,8 +1,8 @@
 """Every command and every piece of Python in README and docs runs as it is printed.
 
-They run in a folder where `Qwen/Qwen3-30B-A3B` and `google/switch-base-128` are tiny checkpoints, in the order in which they stand. Those of
-benchmarks, of make and of pytest are held against the options, targets and files that there are; their own tests run
-them.
+They run in a folder where `Qwen/Qwen3-30B-A3B` and `google/switch-base-128` are tiny checkpoints, in the order in which
+they stand. Those of benchmarks, of make and of pytest are held against the options, targets and files that there are;
+their own tests run them.
 """
 
 import json
