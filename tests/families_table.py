@@ -40,6 +40,9 @@ The smallest Mac is what `plan` would say of public models whose sizes are known
 a context of 2048 tokens: the least memory of which the automatic budget (65 %) suffices, and the least with which every
 expert stays in memory. It is arithmetic; none of them was run on a Mac.
 
+`switch_transformers` (Switch Transformers, encoder-decoders) is no type of mlx-lm's: its model is our own, and gives
+transformers' logits ([ANCESTORS](ANCESTORS.md)). At a context of 1024 tokens: {switch}.
+
 | model type | file | layout of experts in checkpoints | status | calibration | smallest Mac |
 | --- | --- | --- | --- | --- | --- |
 """
@@ -65,7 +68,8 @@ def main() -> None:
     counts = Counter(status.split(":")[0] for *_, status, _, _ in made)
     words = ", ".join(f"{counts[s]} {s}" for s in ("equal", "needs Metal", "refused"))
     numbers = f"**{len(made)} types: {words}.**"
-    head = HEAD.format(mlx_lm=version("mlx-lm"), tolerance=family_checks.LOGIT_TOLERANCE, counts=numbers)
+    own = {"mlx_lm": version("mlx-lm"), "switch": public_sizes.words("switch_transformers")}
+    head = HEAD.format(**own, tolerance=family_checks.LOGIT_TOLERANCE, counts=numbers)
     TABLE.write_text(head + "".join(f"| {' | '.join(row)} |\n" for row in made))
 
 

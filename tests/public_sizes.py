@@ -76,23 +76,33 @@ def smallest_macs(public: Public) -> tuple[int, int]:
     """GiB of the smallest Mac whose automatic budget runs the model at 2 bits, and of the smallest that keeps all its
     experts in memory; 0 where none does.
     """
-    model, settings = build(public), Settings(bits=2.0, calibration="none")
+    with tempfile.TemporaryDirectory() as folder:
+        container = headers(public, Settings(bits=2.0, calibration="none"), Path(folder))
+        with patch.object(footprint, "PROGRAM_BYTES", PROGRAM_BYTES):
+            found = budget.split(container, sys.maxsize, context(public), cpu=False)
+    return _mac(found.min_budget_bytes), _mac(found.resident_budget_bytes)
+
+
+def context(public: Public) -> int:
+    """Tokens that are provided for: the default, or the model's limit."""
+    return min(budget.DEFAULT_CONTEXT, footprint.longest_context(public.config))
+
+
+def headers(public: Public, settings: Settings, directory: Path) -> Container:
+    """The converted model without a weight: what it will hold, and a header of what is not experts."""
+    model = build(public)
     layers = checkpoint.expert_layers(model)
     dequantize_rest(model)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
-        spec = plan_layers(layers, settings, Located(directory), public.name, None, lambda what, done, total: None)
-        kept = rest.routers(model, layers)
-        model.update_modules(tree_unflatten([(found.path, Experts()) for found in layers]))
-        rest.quantize(model, "", model, settings.rest_bits, kept)
-        config = {**public.config, "quantization": {"group_size": rest.GROUP, "bits": settings.rest_bits}}
-        write_header(directory / rest.TOP, rest.weights(model))
-        with open(directory / "tokenizer.json", "wb") as file:
-            file.truncate(TOKENIZER_BYTES)
-        container = Container(directory, config, spec, {rest.TOP: {}})
-        with patch.object(footprint, "PROGRAM_BYTES", PROGRAM_BYTES):
-            found = budget.split(container, sys.maxsize, budget.DEFAULT_CONTEXT, cpu=False)
-    return _mac(found.min_budget_bytes), _mac(found.resident_budget_bytes)
+    spec = plan_layers(layers, settings, Located(directory), public.name, None, lambda what, done, total: None)
+    kept = rest.routers(model, layers)
+    model.update_modules(tree_unflatten([(found.path, Experts()) for found in layers]))
+    rest.quantize(model, "", model, settings.rest_bits, kept)
+    quantization = {"quantization": {"group_size": rest.GROUP, "bits": settings.rest_bits}}
+    config = {**public.config, **(quantization if settings.rest_bits < 16 else {})}
+    write_header(directory / rest.TOP, rest.weights(model))
+    with open(directory / "tokenizer.json", "wb") as file:
+        file.truncate(TOKENIZER_BYTES)
+    return Container(directory, config, spec, {rest.TOP: {}})
 
 
 def words(model_type: str) -> str:

@@ -1,8 +1,8 @@
 """Every command and every piece of Python in README and docs runs as it is printed.
 
-They run in a folder where `Qwen/Qwen3-30B-A3B` is a tiny checkpoint, in the order in which they stand. Those of
-benchmarks, of make and of pytest are held against the options, targets and files that there are; their own tests run
-them.
+They run in a folder where `Qwen/Qwen3-30B-A3B` and `google/switch-base-128` are tiny checkpoints, in the order in which
+they stand. Those of benchmarks, of make and of pytest are held against the options, targets and files that there are;
+their own tests run them.
 """
 
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import api_reference
 import pytest
+import switch_models
 import tiny_models
 from chat_model import TEMPLATE
 from commands import environment
@@ -106,6 +107,7 @@ def place(root: Path) -> Path:
     source = tiny_models.make_checkpoint(root / "Qwen/Qwen3-30B-A3B", "qwen3_moe", **RANDOM_MODEL)
     tokenizer = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": TEMPLATE}))
+    switch_models.write(root / "google/switch-base-128")
     (root / "held-out.txt").write_text("the river runs under the old stone bridge in the rain " * 120)
     return root
 

@@ -105,8 +105,10 @@ def _open(directory: Path, args: argparse.Namespace, live: bool) -> Session:
     from tiny_qmoe_mlx import budget, footprint, models
     from tiny_qmoe_mlx import generate_setup as setup
     from tiny_qmoe_mlx.conversation import Conversation
+    from tiny_qmoe_mlx.masked_spans import refuse
     from tiny_qmoe_mlx.original import checkpoint
 
+    refuse(checkpoint.read_config(directory), "chat")
     tokenizer = models.open_tokenizer(directory)
     setup.check_tokens(directory, tokenizer, args)
     provided, most = setup.chat_context(directory, args)

@@ -21,14 +21,17 @@ EXAMPLES = """
 
 def open_any(name: str, memory: str | int = "auto", quiet: bool = False, context: int = 512) -> tuple[Any, Any]:
     """(model, tokenizer) of a converted model, or of an original checkpoint by plain mlx-lm, in memory if it fits."""
-    from tiny_qmoe_mlx import footprint, models
+    from tiny_qmoe_mlx import footprint, masked_spans, models
+    from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
     from tiny_qmoe_mlx.original import checkpoint
     from tiny_qmoe_mlx.report.compare import open_original
 
     directory = locate.model_directory(name, quiet)
-    converted = "tiny_qmoe" in checkpoint.read_config(directory) or (directory / MANIFEST).is_file()
+    config = checkpoint.read_config(directory)
+    converted = "tiny_qmoe" in config or (directory / MANIFEST).is_file()
     tokenizer = models.open_tokenizer(directory) if converted else None
-    limit = footprint.longest_context(checkpoint.read_config(directory))
+    limit = footprint.longest_context(config)
+    context += masked_spans.extra(context) if is_encoder_decoder(config) else 0
     if context > limit:
         raise ValueError(
             f"[evaluate] --window should be at most the model's context of {limit} tokens, received {context}."
@@ -81,23 +84,41 @@ def main(argv: list[str]) -> int:
         return _report(args, quiet)
     if not args.text:
         raise ValueError("[evaluate] --text should name a text to predict; only --report can do without.")
-    from tiny_qmoe_mlx.conversion.text import beginning, read_text
-    from tiny_qmoe_mlx.report.compare import cut, evaluate
+    from tiny_qmoe_mlx.conversion.text import read_text
+    from tiny_qmoe_mlx.masked_spans import Masked
+    from tiny_qmoe_mlx.report.compare import evaluate, windows_of
 
     text = read_text(Path(args.text), "text")
+    config = _config(args, quiet)
     model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
     against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    windows = cut(ids, args.window, args.tokens, beginning(tokenizer))
+    windows = windows_of(text, args.window, args.tokens, tokenizer, config)
     with terminal.Bars(quiet) as bars, blas.shared_machine():
         found = evaluate(model, windows, against, bars)
-    read = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)
-    found["bits_per_byte"] = found["nll"] * found["tokens"] / math.log(2) / max(1, read)
+    if not isinstance(windows[0], Masked):  # sentinels are no bytes of a text
+        read = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)
+        found["bits_per_byte"] = found["nll"] * found["tokens"] / math.log(2) / max(1, read)
     if args.json:
         terminal.print_json({"model": args.model, "against": args.against, "text": args.text, **found})
     else:
         print("\n".join(_lines(found)))
     return 0
+
+
+def _config(args: argparse.Namespace, quiet: bool) -> dict[str, Any]:
+    """The model's config; before anything is loaded.
+
+    Raises:
+        ValueError: one of two models is an encoder-decoder, the other is not.
+    """
+    from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
+    from tiny_qmoe_mlx.original.checkpoint import read_config
+
+    names = [name for name in (args.model, args.against) if name]
+    configs = [read_config(locate.model_directory(name, quiet)) for name in names]
+    if len({is_encoder_decoder(config) for config in configs}) == 2:
+        raise ValueError("[evaluate] --model and --against should be both encoder-decoders or neither, one of them is.")
+    return configs[0]
 
 
 def _report(args: argparse.Namespace, quiet: bool) -> int:
@@ -125,7 +146,11 @@ def _report(args: argparse.Namespace, quiet: bool) -> int:
 
 
 def _lines(found: dict[str, float]) -> Iterator[str]:
-    yield f"{found['tokens']} tokens: perplexity {found['perplexity']:.3f}, {found['bits_per_byte']:.4f} bits per byte"
+    words, perplexity = f"{found['tokens']} tokens", f"perplexity {found['perplexity']:.3f}"
+    if "bits_per_byte" in found:
+        yield f"{words}: {perplexity}, {found['bits_per_byte']:.4f} bits per byte"
+    else:
+        yield f"{words} of masked spans: loss {found['nll']:.4f} ({perplexity})"
     if "kl_mean" in found:
         yield (
             f"against the other model (perplexity {found['against_perplexity']:.3f}): KL mean "

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
+from tiny_qmoe_mlx.spec import LayerSpec
 
 MB = 1_000_000
 LINUX = sys.platform == "linux"
@@ -19,6 +21,7 @@ MLX_CACHE_BYTES = 32 * MB  # freed arrays that MLX may keep
 READERS = 8  # threads that decode records of experts as they read them
 WORK_BYTES = 16  # a weight, while a matrix of a whole decoder layer is expanded: codes, steps, scales, values
 PREFILL_CHUNK = 512  # tokens; fixed, so that results do not depend on the budget
+LONGEST_BOTH = 1024  # tokens of an encoder-decoder's text and of its answer: T5's kind is trained with 512 of each
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow, from wherever the last chunk ended
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -62,9 +65,19 @@ def program_bytes(directory: Path) -> int:
 
 
 def top_k(config: dict) -> int:
+    if is_encoder_decoder(config):
+        return 1
     text = _flat({**config, **(config.get("text_config") or {})})
     found = [text[key] for key in TOP_K_KEYS if isinstance(text.get(key), int)]
     return max([1, *found]) if found else 8
+
+
+def decoding_layers(container: Container) -> tuple[LayerSpec, ...]:
+    """The expert layers that a written token passes: of an encoder-decoder the decoder's, if it has some."""
+    layers = container.spec.layers
+    if not is_encoder_decoder(container.config):
+        return layers
+    return tuple(layer for layer in layers if layer.path.startswith("decoder.")) or layers
 
 
 def picks(container: Container) -> int:
@@ -102,12 +115,17 @@ def weight_bytes(container: Container, cpu: bool) -> int:
 
 def longest_context(config: dict) -> int:
     """Most tokens that a model was made for; 2^20 where its config does not say."""
+    if is_encoder_decoder(config):
+        return LONGEST_BOTH
     limit = _text_config(config).get("max_position_embeddings")
     return limit if isinstance(limit, int) and limit > 0 else 1 << 20
 
 
 def _text_config(config: dict) -> dict:
     c = _flat(config.get("text_config") or config)
+    if is_encoder_decoder(config):  # what is cached is the decoder's
+        decoder = "num_sparse_decoder_layers" if c.get("is_full_sparse") else "num_decoder_layers"
+        c |= {"num_hidden_layers": c.get(decoder) or c.get("num_layers"), "head_dim": c.get("d_kv")}
     for key, others in ALIASES.items():
         if c.get(key) is None:
             c[key] = next((c[other] for other in others if c.get(other) is not None), None)
@@ -157,10 +175,12 @@ def scratch_bytes(container: Container, context: int, cpu: bool) -> int:
     need, beside four arrays of the hidden size that both need, and the logits of a token.
     """
     c = _text_config(container.config)
-    tokens, width = min(PREFILL_CHUNK, context), 4 if cpu else 2
+    pairs = is_encoder_decoder(container.config)
+    tokens, width = context if pairs else min(PREFILL_CHUNK, context), 4 if cpu else 2
     residual = 4 * tokens * c.get("hidden_size", 0) * width
     logits = 6 * c.get("vocab_size", 0) * 4
-    most = max(_attention_bytes(c, tokens, context, cpu), _expert_bytes(container, tokens, cpu))
+    attention = _attention_bytes(c, tokens, context, cpu) + (_position_bytes(c, context) if pairs else 0)
+    most = max(attention, _expert_bytes(container, tokens, cpu))
     return residual + most + logits + (_dequantized_bytes(container) if cpu else 0)
 
 
@@ -169,6 +189,12 @@ def _attention_bytes(c: dict, tokens: int, context: int, cpu: bool) -> int:
     heads, width = c.get("num_attention_heads", 0), 4 if cpu else 2
     arrays = 4 * tokens * heads * _head_size(c) * width
     return arrays + (heads * tokens * context * 4 if cpu else 0)
+
+
+def _position_bytes(c: dict, context: int) -> int:
+    """Biases of all pairs of positions, each twice, and the tables that they are looked up by: an encoder reads a text
+    at once."""
+    return (2 * 4 * c.get("num_attention_heads", 0) + 5 * 8) * context**2
 
 
 def _expert_bytes(container: Container, tokens: int, cpu: bool) -> int:

@@ -28,16 +28,16 @@ def hit_rate(
     if profile_file is not None:
         use = profile.load_profile(profile_file, container)
         return expected.from_profile(use, container, slots), f"the profile {profile_file}"
-    layers, chosen = container.spec.layers, footprint.top_k(container.config)
+    layers, chosen = footprint.decoding_layers(container), footprint.top_k(container.config)
     total = sum(layer.experts for layer in layers)
     share, token = sum(slots.values()) / total, sum(min(chosen, layer.experts) for layer in layers) / total
-    return expected.from_curve(share, token), "the curve of another model's routing"
+    return expected.from_curve(min(1.0, share), token), "the curve of another model's routing"
 
 
 def bytes_of_token(container: Container) -> int:
     """Bytes of the records that one token asks for."""
     chosen = footprint.top_k(container.config)
-    return sum(min(chosen, layer.experts) * layer.record_bytes for layer in container.spec.layers)
+    return sum(min(chosen, layer.experts) * layer.record_bytes for layer in footprint.decoding_layers(container))
 
 
 def forecast(container: Container, part: Budget, hits: float, disk_rate: float) -> dict[str, Any]:

@@ -32,7 +32,8 @@ COUNTERS = (  # of `model.tiny_qmoe.stats()`, that only grow
 def stream_generate(
     model: "nn.Module", tokenizer: "TokenizerWrapper", prompt: str | Sequence[int], **options: Any
 ) -> "Generator[GenerationResponse, None, None]":
-    """mlx_lm.stream_generate with a prefill chunk that the memory budget counted on.
+    """mlx_lm.stream_generate with a prefill chunk that the memory budget counted on; an encoder-decoder reads the
+    prompt with its encoder, and fills the prompt's sentinels if it has some.
 
     Args:
         model, tokenizer: from `load`.
@@ -47,8 +48,11 @@ def stream_generate(
     """
     from mlx_lm import stream_generate as stream
 
+    from tiny_qmoe_mlx import generate_masked, masked_spans
     from tiny_qmoe_mlx.footprint import PREFILL_CHUNK
 
+    if masked_spans.is_encoder_decoder({"model_type": getattr(model, "model_type", None)}):
+        return generate_masked.stream(model, tokenizer, prompt, **options)
     text = prompt if isinstance(prompt, str) else list(prompt)
     return stream(model, tokenizer, text, **{"prefill_step_size": PREFILL_CHUNK, **options})
 
@@ -76,12 +80,14 @@ def batch_generate(
         mlx_lm's BatchResponse: texts in the order of the prompts, and stats.
 
     Raises:
-        ValueError: a prompt without tokens, or the model has been closed.
+        ValueError: a prompt without tokens, the model has been closed, or is an encoder-decoder.
     """
     from mlx_lm import batch_generate as batch
 
     from tiny_qmoe_mlx.footprint import PREFILL_CHUNK
+    from tiny_qmoe_mlx.masked_spans import refuse
 
+    refuse({"model_type": getattr(model, "model_type", None)}, "batch_generate")
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     if not all(ids):
         raise ValueError(f"[prompt] {ids.index([])} of the batch should have at least one token, it has none.")
@@ -111,9 +117,14 @@ def main(argv: list[str]) -> int:
     text = options.prompt_text(args)
     directory = locate.model_directory(args.model, args.quiet or args.json)
 
-    from tiny_qmoe_mlx import budget, models
+    from tiny_qmoe_mlx import budget, generate_masked, masked_spans, models
     from tiny_qmoe_mlx import generate_setup as setup
+    from tiny_qmoe_mlx.original.checkpoint import read_config
 
+    fills = masked_spans.is_encoder_decoder(read_config(directory))
+    if fills:
+        generate_masked.check_options(args)
+        fills = masked_spans.SENTINEL.search(text) is not None
     tokenizer = models.open_tokenizer(directory)
     setup.check_tokens(directory, tokenizer, args)
     cache = setup.open_prompt_cache(directory, args)
@@ -127,9 +138,13 @@ def main(argv: list[str]) -> int:
         setup.check_caches(model, cache, args)
         with blas.shared_machine():
             responses = stream_generate(model, tokenizer, prompt, **decoding(tokenizer, draft, cache, args))
-            stats = _watch(model, responses, args.json)
+            stats = _watch(model, responses, args.json or fills)
     finally:
         model.close()  # which writes the profile, also after Ctrl-C
+    if fills:
+        stats["filled"] = masked_spans.fill(text, stats["text"])
+    if fills and not args.json:
+        print(stats["filled"])
     stats["budget_bytes"] += beside
     if draft is None:
         del stats["draft_tokens"]

@@ -14,6 +14,7 @@ import mlx.core as mx
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import models
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.masked_spans import refuse
 
 MEMORY = "TINY_QMOE_MEMORY"
 
@@ -24,13 +25,14 @@ def classes(directory: Path) -> tuple[type, type]:
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget cannot be read or is too small.
-        ValueError: this machine's GPU computes experts wrongly.
+        ValueError: this machine's GPU computes experts wrongly, or it is an encoder-decoder, which mlx-lm has not.
     """
     cpu = mx.default_device() == mx.cpu
     try:
         container, budget = models.prepare(directory, os.environ.get(MEMORY) or "auto", budgets.DEFAULT_CONTEXT, cpu)
     except BudgetError as error:
         raise BudgetError(str(error).replace("[memory]", f"[{MEMORY}]", 1)) from None
+    refuse(container.config, "a tool of mlx-lm")
     read: dict[str, mx.array] = {}
     base, arguments = models.model_classes(container.spec)(container.config)
 

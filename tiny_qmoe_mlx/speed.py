@@ -21,6 +21,7 @@ from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.footprint import Matrix
 from tiny_qmoe_mlx.layers import use_cpu_kernels
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.spec import CODEC
 from tiny_qmoe_mlx.streaming.pool import Pool
 from tiny_qmoe_mlx.streaming.store import SECTOR, ExpertStore
@@ -29,6 +30,7 @@ READERS = 8
 PROBED_BYTES = 256 << 20  # of a file that is written where the model's own is not at hand
 CACHE_BYTES = 64 << 20  # more than processors keep of what they have just read
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+ENCODED = re.compile(r"^encoder\.|\.cross_attn\.[kv]_proj\.")  # of an encoder-decoder, once a text
 SMALL_OPS = 24  # norms, rotary embeddings, additions, the router's choice: what a layer computes beside its products
 
 
@@ -67,7 +69,7 @@ def experts(container: Container, top_k: int) -> float:
     """Seconds of the routed experts of all layers for one token, every expert in memory; of coded decoder layers, those
     of the whole layers.
     """
-    layers = container.spec.layers
+    layers = footprint.decoding_layers(container)
     if layers[0].whole:
         return coded_probe.layer_seconds(container)
     hidden, width = layers[0].shapes[-1][0], layers[0].shapes[0][0]
@@ -105,6 +107,8 @@ def _call(container: Container, size: tuple[int, int, int], rate: int, x: mx.arr
 def dense(container: Container) -> float:
     """Seconds of everything but the routed experts for one token at a short context."""
     tensors = footprint.matrices(container)
+    if is_encoder_decoder(container.config):  # a written token passes the decoder, and keys of the text are kept
+        tensors = {n: m for n, m in tensors.items() if not ENCODED.search(n)}
     layers = _by_layer(tensors)
     middle = layers[sorted(layers)[len(layers) // 2]] if layers else []
     weights = sum(_weights(name, tensors) for name in middle)
@@ -125,7 +129,7 @@ def _by_layer(tensors: dict[str, Matrix]) -> dict[int, list[str]]:
 
 def _output_layer(tensors: dict[str, Matrix]) -> list[str]:
     """The matrix that makes logits: a layer of its own, or the embedding once more."""
-    for part in ("lm_head.weight", "output.weight", "embed_tokens.weight", "wte.weight"):
+    for part in ("lm_head.weight", "output.weight", "embed_tokens.weight", "wte.weight", "shared.weight"):
         found = [name for name in tensors if name.endswith(part)]
         if found:
             return found[:1]

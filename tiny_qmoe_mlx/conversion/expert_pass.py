@@ -31,7 +31,7 @@ class Sums:
 
     def add(self, expert: int, compute: Callable[[np.ndarray], np.ndarray]) -> None:
         """Add an expert's outputs; `compute` maps inputs float32 (n, d) of its tokens to float32 (n, width)."""
-        token, place = np.nonzero(self.routed.chosen == expert)
+        token, place = np.nonzero(self.routed.counts & (self.routed.chosen == expert))
         if not len(token):
             return
         y = compute(self.routed.x[token])

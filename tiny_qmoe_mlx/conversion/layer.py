@@ -37,7 +37,8 @@ class Job:
     spec: the container's words. found, experts: expert layers, and their stand-ins in the model, by the index of their
     decoder layer. kept: paths of what is not quantized. streams: float32 (sequences, length, d) by name,
     "reference" and "compressed", after the layer `finished`; none without calibration. facts: a plain object per
-    finished layer. shards: where the weights come from while they are needed. uploader: where finished files go.
+    finished layer. counted: bool (sequences, length), the tokens that a quantizer learns from; None for all. shards:
+    where the weights come from while they are needed. uploader: where finished files go.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Job:
     finished: int = BEFORE_LAYERS - 1
     streams: dict[str, np.ndarray] = field(default_factory=dict)
     facts: list[dict] = field(default_factory=list)
+    counted: np.ndarray | None = None
 
     def fetch(self, layer: int | None) -> None:
         """Have a layer's weights on the disk (None: those of no layer)."""
@@ -103,7 +105,9 @@ def convert_layer(job: Job, index: int, path: str, layer: nn.Module, call: layer
     shard = job.directory / rest.shard_name(index)
     rest.write_shard(shard, {f"{path}.{name}": array for name, array in written.items()})
     if streams:
-        drift = _drift(streams["reference"], streams["compressed"])
+        own = (streams["reference"] != job.streams["reference"]).any(-1)  # an encoder's layer passes others unchanged
+        own |= not own.any()
+        drift = _drift(streams["reference"][own], streams["compressed"][own])
         job.facts.append({"layer": index, "experts": spec is not None, "relative_error": drift})
     rest.forget(layer)
     job.streams = streams
@@ -182,14 +186,27 @@ def _calibrated(turn: _Turn) -> Finished:
 
     outputs, if_original = original_outputs(turn.found, turn.kind, [reference, compressed])
     after = layerwise.finish(turn.call, experts, streams["reference"], reference, outputs)
-    tokens = LayerTokens(compressed.x, compressed.chosen, compressed.weight, corrected=job.settings.drift)
+    missing = None
     if job.settings.drift and reference.linear and compressed.linear:
-        tokens.missing = after.reshape(len(tokens.x), -1) - compressed.base - if_original
-    del if_original, outputs
+        missing = after.reshape(len(compressed.x), -1) - compressed.base - if_original
+    tokens = _learned_from(compressed, missing, job.counted)
+    tokens.corrected = job.settings.drift
+    del if_original, outputs, missing
     sums = Sums(compressed, width)
     turn.write(summed(turn.records(tokens), turn.kind, sums))
     carried = layerwise.finish(turn.call, experts, streams["compressed"], compressed, sums.values)
     return written, {"reference": after, "compressed": carried}
+
+
+def _learned_from(routed: layerwise.Routed, missing: np.ndarray | None, counted: np.ndarray | None) -> LayerTokens:
+    """The tokens that a layer's experts are quantized for: those that reach one, and of these the counted ones."""
+    kept = routed.counts.any(1)
+    if counted is not None:
+        kept &= counted.reshape(-1)
+    if kept.all():
+        return LayerTokens(routed.x, routed.chosen, routed.weight, missing)
+    missing = None if missing is None else missing[kept]
+    return LayerTokens(routed.x[kept], routed.chosen[kept], routed.weight[kept], missing)
 
 
 def _counted(job: Job, records: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

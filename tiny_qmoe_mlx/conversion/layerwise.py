@@ -154,6 +154,12 @@ class Routed:
     base: np.ndarray
     linear: bool
 
+    @property
+    def counts(self) -> np.ndarray:
+        """Picks that reach the layer's output, bool (tokens, k): a weight of zero is that of a token that the router
+        turned away, or that is not the layer's own."""
+        return self.weight > 0
+
 
 def pieces(stream: np.ndarray) -> list[slice]:
     """Slices of whole sequences, of about 1024 tokens each."""

@@ -1,6 +1,5 @@
 """What is not a routed expert: quantized by MLX, a shard per decoder layer, and the files around the weights."""
 
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from tiny_qmoe_mlx import model_file
+from tiny_qmoe_mlx.conversion import layerwise
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import ModelSpec
@@ -41,7 +41,8 @@ def routers(model: nn.Module, layers: Iterable[checkpoint.ExpertLayer]) -> set[s
     """Paths of the layers that score experts: within the same decoder layer, with one output per expert. They stay
     in 16 bits.
     """
-    experts = {re.sub(rf"(?<=\.{f.layer}\.).*", "", f.path): checkpoint.expert_count(f) for f in layers}
+    places = [path for path, _ in layerwise.decoder_layers(model)]
+    experts = {f"{places[f.layer]}.": checkpoint.expert_count(f) for f in layers}
     return {
         path
         for path, module in checkpoint.named_modules(model)

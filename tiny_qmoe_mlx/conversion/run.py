@@ -17,7 +17,7 @@ import xxhash
 from mlx.utils import tree_unflatten
 from threadpoolctl import threadpool_limits
 
-from tiny_qmoe_mlx import native
+from tiny_qmoe_mlx import masked_spans, native
 from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
 from tiny_qmoe_mlx.conversion import coded, layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.layer import BEFORE_LAYERS, Job, Progress, convert_layer
@@ -29,6 +29,7 @@ from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.hub.shards import SourceShards
 from tiny_qmoe_mlx.hub.upload import Uploader
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
@@ -83,11 +84,13 @@ def convert(
         uploader.check(output if whole else None)
     located, tokens = None, None
     if not whole:
-        wanted = Wanted(str(hf_path), revision, stream_shards, output, overwrite)
+        wanted = Wanted(str(hf_path), revision, stream_shards, output, overwrite, finetune)
         located, tokens = _write(wanted, settings, progress, uploader)
     elif finetune:
         located = hub.locate(str(hf_path), revision)
-        tokens = _tokens(located, checkpoint.read_config(located.directory), _decided(settings, located), progress)
+        config = checkpoint.read_config(located.directory)
+        _check_kind(settings, config, finetune)
+        tokens = _tokens(located, config, _decided(settings, located), progress)
     if finetune and located and tokens is not None:
         _improve(output, located, tokens, progress)
     if extent is not None and located and not stream_shards:
@@ -120,7 +123,7 @@ def _check_together(settings: Settings, stream_shards: bool, finetune: bool) -> 
 @dataclass(frozen=True)
 class Wanted:
     """From where to where: directory or hub id of the original and its revision, whether its weights come shard by
-    shard; the directory to write, and whether it replaces a converted model.
+    shard; the directory to write, and whether it replaces a converted model; whether it is finetuned afterwards.
     """
 
     source: str
@@ -128,6 +131,7 @@ class Wanted:
     stream_shards: bool
     output: Path
     overwrite: bool
+    finetune: bool
 
 
 def _write(
@@ -139,6 +143,8 @@ def _write(
     with unfinished.unfinished_directory(output, wanted.overwrite) as directory, threadpool_limits(1, "blas"):
         try:
             located, shards = _open(wanted)
+            config = checkpoint.read_config(located.directory)
+            _check_kind(settings, config, wanted.finetune, wanted.stream_shards)
             settings = _decided(settings, located)
             if settings.codec in CODED:
                 methods = coded.convert(located, settings, directory, wanted.source, progress)
@@ -164,6 +170,25 @@ def _write(
         except OSError as error:
             raise disk_full(error, output) from error
     return located, tokens
+
+
+def _check_kind(settings: Settings, config: dict, finetune: bool, stream_shards: bool = False) -> None:
+    """Refuse what is not there for an encoder-decoder.
+
+    Raises:
+        ValueError: what to leave out.
+    """
+    if not is_encoder_decoder(config):
+        return
+    refused = {
+        "--finetune-gains": finetune,
+        "--stream-shards": stream_shards,
+        "--layer-rates": settings.layer_rates,
+        f"--calibration {settings.calibration}": settings.calibration == "self",
+    }
+    asked = [option for option, given in refused.items() if given]
+    if asked:
+        raise ValueError(f"[convert] {asked[0]} is not there for encoder-decoders as this one; leave it out.")
 
 
 def require_compiler() -> None:
@@ -221,6 +246,9 @@ def _job(
     spec = _plan(layers, settings, name, located, tokens, directory, progress)
     kept = rest.routers(model, layers)
     job = Job(model, settings, spec, directory, progress, {f.layer: f for f in layers}, kept)
+    if tokens is not None and is_encoder_decoder(config):
+        tokenizer = checkpoint.open_tokenizer(located.directory, config)
+        job.counted = masked_spans.counted(tokens, masked_spans.sentinels(tokenizer), masked_spans.start_token(config))
     job.experts = {f.layer: layerwise.Experts() for f in layers}
     model.update_modules(tree_unflatten([(f.path, job.experts[f.layer]) for f in layers]))
     state = unfinished.load_state(directory)
@@ -240,7 +268,10 @@ def _tokens(
     sizes = (settings.sequences, settings.sequence_tokens, settings.seed)
 
     def make() -> np.ndarray | None:
-        return calibration_tokens(source, tokenizer, located.directory, *sizes, progress)
+        tokens = calibration_tokens(source, tokenizer, located.directory, *sizes, progress)
+        if tokens is None or not is_encoder_decoder(config):
+            return tokens
+        return masked_spans.joined(masked_spans.mask_all(tokens.tolist(), tokenizer, config, settings.seed))
 
     return unfinished.kept_tokens(directory, make) if directory and source == "self" else make()
 
@@ -249,6 +280,8 @@ def _decided(settings: Settings, located: hub.Located) -> Settings:
     """Calibration "auto" made up: text that the original writes where it fits this machine's memory, else ours."""
     if settings.calibration != "auto":
         return settings
+    if is_encoder_decoder(checkpoint.read_config(located.directory)):
+        return replace(settings, calibration="builtin")
     fits = settings.codec != AFFINE and can_write(located.directory, settings.sequences, settings.sequence_tokens)
     return replace(settings, calibration="self" if fits else "builtin")
 

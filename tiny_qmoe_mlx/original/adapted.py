@@ -1,5 +1,5 @@
 """mlx-lm's classes with their routed experts where this program looks for them: in a SwitchGLU or SwitchMLP that holds
-nothing else.
+nothing else; and those of the one type that mlx-lm does not have (switch_transformers.py).
 
 Two families have them otherwise. DBRX keeps a list of dense layers and calls them token by token; here they become one
 SwitchGLU. Muse Spark hangs a norm on its SwitchGLU; here a `Holder` takes the module's place and has both below it.
@@ -11,19 +11,24 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models import dbrx
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
+from tiny_qmoe_mlx.original import switch_transformers
+
 MATRIX_NAMES = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
 DBRX_NAMES = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
 Weights = dict[str, mx.array]
 
 
 def model_classes(config: dict) -> tuple[type, type]:
-    """mlx-lm's (Model, ModelArgs) for a config, with experts as above; `sanitize` takes what mlx-lm's takes.
+    """(Model, ModelArgs) for a config, with experts as above; `sanitize` takes what mlx-lm's takes.
 
     Raises:
         ValueError: mlx-lm does not know the model_type.
     """
     from mlx_lm.utils import _get_classes
 
+    if is_encoder_decoder(config):
+        return switch_transformers.Model, switch_transformers.ModelArgs
     base, arguments = _get_classes(config)
     if issubclass(base, dbrx.Model):
         return Dbrx, arguments

@@ -95,7 +95,9 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
     try:
         model, config = load_model(directory, lazy=True, get_model_classes=classes)
     except FileNotFoundError as error:
-        raise FormatError(f"[model] {directory} should hold model*.safetensors and does not.") from error
+        pickled = any(directory.glob("pytorch_model*.bin"))
+        what = "; it has pytorch_model*.bin: load it with transformers and save_pretrained it anew" if pickled else ""
+        raise FormatError(f"[model] {directory} should hold model*.safetensors and does not{what}.") from error
     except MemoryError:
         raise
     except Exception as error:  # a config that contradicts itself or the tensors trips mlx-lm in many ways

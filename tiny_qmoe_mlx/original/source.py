@@ -25,7 +25,7 @@ import numpy as np
 
 # names of routed experts' tensors, in checkpoints and in mlx-lm; the second kind belongs to one expert only
 ROUTED = re.compile(r"\.(experts|switch_mlp|switch_glu)\.")
-ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+ONE_EXPERT = re.compile(r"\.experts\.(expert_)?\d+\.")
 NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U16": "<u2", "U8": "u1", "F8_E4M3": "u1"}
 NUMPY["F8_E8M0"] = "u1"  # MLX too takes the 8-bit floats as bytes
 

@@ -11,6 +11,7 @@ from typing import Any
 from tiny_qmoe_mlx import budget, footprint
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.spec import LOSSLESS, bits_per_weight
 
 BEGIN, END = "<!-- tiny-qmoe-mlx: begin -->", "<!-- tiny-qmoe-mlx: end -->"
@@ -37,7 +38,7 @@ def card_text(
         BEGIN,
         f"# {name}",
         _about(container),
-        _run_text(name),
+        _run_text(name, PROMPTS[is_encoder_decoder(container.config)]),
         _machines(container),
         _quality(quality),
         "\n\n".join(f"![{Path(p).stem}]({p})" for p in pictures),
@@ -58,15 +59,17 @@ def merge(card: str | None, front: str, generated: str) -> str | None:
     return card[:begin] + generated.rstrip("\n") + card[end + len(END) :]
 
 
-def front_matter(source: Path | None, name: str) -> dict[str, Any]:
+def front_matter(source: Path | None, name: str, encoder_decoder: bool = False) -> dict[str, Any]:
     """What the hub reads: library, tags, and licence and language where the original's card has them.
 
     Args:
         source: directory of the original, or None.
         name: what the conversion was given as the original.
+        encoder_decoder: whether it is one.
     """
     found = _metadata(source / CARD) if source else {}
-    out: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    kind = "text2text-generation" if encoder_decoder else "text-generation"
+    out: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": kind}
     out |= {key: found[key] for key in KEPT if found.get(key)}
     if "/" in original_name(name):
         out["base_model"] = original_name(name)
@@ -130,11 +133,14 @@ def _rest_bits(container: Container) -> int:
     return quantization.get("bits", 16) if isinstance(quantization, dict) else 16
 
 
-def _run_text(name: str) -> str:
+PROMPTS = ("Why is the sky blue?", "The <extra_id_0> walks in the <extra_id_1>.")  # for a decoder, an encoder-decoder
+
+
+def _run_text(name: str, prompt: str) -> str:
     return (
         "## Run it\n\n"
         "With tiny-qmoe-mlx installed (`pip install tiny-qmoe-mlx`), in this directory's parent or with its path:\n\n"
-        f'    python -m tiny_qmoe_mlx.generate --model {name} --prompt "Why is the sky blue?"\n'
+        f'    python -m tiny_qmoe_mlx.generate --model {name} --prompt "{prompt}"\n'
         f"    python -m tiny_qmoe_mlx.plan     --model {name} --memory 6GB\n"
         f"    python -m tiny_qmoe_mlx.verify   --model {name}"
     )
@@ -215,7 +221,8 @@ def _number(value: float | None, form: str = "{:.4f}") -> str:
 
 
 def _origin(text: dict[str, Any]) -> str:
-    return "that the original wrote itself" if text["source"] == "self" else f"of `{text['source']}`"
+    masked = "in masked spans " if text.get("masked") else ""
+    return "that the original wrote itself" if text["source"] == "self" else f"{masked}of `{text['source']}`"
 
 
 TOLD = ("bits", "codec", "codewords", "length", "calibration", "seed")  # settings that the container knows better

@@ -11,9 +11,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from tiny_qmoe_mlx import budget, models
+from tiny_qmoe_mlx import budget, masked_spans, models
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import writer
+from tiny_qmoe_mlx.conversion.text import beginning
+from tiny_qmoe_mlx.masked_spans import Masked, is_encoder_decoder
 from tiny_qmoe_mlx.original import dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 
@@ -27,7 +29,7 @@ def evaluate(
 
     Args:
         model: maps int (1, tokens) to logits (1, tokens, vocabulary).
-        windows: token ids.
+        windows: token ids; `Masked` of an encoder-decoder.
         against: another model over the same vocabulary, whose predictions are the truth for KL and top-1.
 
     Returns:
@@ -76,8 +78,9 @@ def _score(model: Any, against: Any, window: list[int]) -> list[Any]:
 
 
 def _log_probabilities(model: Any, window: list[int]) -> Any:
-    """float32 (tokens - 1, vocabulary)."""
-    logits = model(mx.array(window[:-1])[None])[0].astype(mx.float32)
+    """float32 (tokens - 1, vocabulary); of masked spans what the decoder predicts."""
+    caches = {"cache": model.make_cache(mx.array(window.inputs)[None])} if isinstance(window, Masked) else {}
+    logits = model(mx.array(window[:-1])[None], **caches)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -103,6 +106,23 @@ def cut(ids: list[int], length: int, tokens: int, begin: list[int]) -> list[list
     return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
 
 
+def windows_of(text: str, length: int, tokens: int, tokenizer: Any, config: dict[str, Any]) -> list[list[int]]:
+    """Windows of a text as `evaluate` takes them, by `cut`; for an encoder-decoder of `length` tokens with spans
+    masked, one at least, else of at most `tokens` predictions.
+
+    Raises:
+        ValueError: fewer than two tokens, or a window with more spans than the tokenizer has sentinels.
+    """
+    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    if not is_encoder_decoder(config):
+        return cut(ids, length, tokens, beginning(tokenizer))
+    pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
+    if not pieces:
+        raise ValueError("[evaluate] the text should have at least two tokens; give a longer one.")
+    each = sum(masked_spans.counts(len(pieces[0]))) + 1
+    return [*masked_spans.mask_all(pieces[: max(1, tokens // each)], tokenizer, config)]
+
+
 def open_original(directory: Path, reserved: int, context: int) -> tuple[Any, dict[str, Any], bool]:
     """(model, config, whether it is held in memory): read anew for every call where memory does not suffice.
 
@@ -123,13 +143,16 @@ class Reread:
     def __init__(self, directory: Path):
         self._directory = directory
 
-    def __call__(self, inputs: Any) -> Any:
-        """int (1, tokens) -> logits (1, tokens, vocabulary)."""
-
+    def __call__(self, inputs: Any, **caches: Any) -> Any:
+        """int (1, tokens) -> logits (1, tokens, vocabulary); `caches`: of an encoder-decoder."""
         model, _ = writer.open_original(self._directory)
         for layer in model.layers:
             layer.__class__ = _used_once(type(layer))
-        return model(inputs)
+        return model(inputs, **caches)
+
+    def make_cache(self, inputs: Any) -> Any:
+        """Of an encoder-decoder, as it makes them itself."""
+        return writer.open_original(self._directory)[0].make_cache(inputs)
 
 
 def _used_once(kind: type) -> type:

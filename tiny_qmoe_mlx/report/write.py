@@ -8,16 +8,18 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from tiny_qmoe_mlx import __version__
+from tiny_qmoe_mlx import __version__, masked_spans
 from tiny_qmoe_mlx.container import FORMAT_VERSION, MANIFEST, SELF, Container, file_hash, read_config, read_manifest
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
+from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.report import card, plots
 from tiny_qmoe_mlx.spec import CODEC
 from tiny_qmoe_mlx.staging import atomic_file, write_json
@@ -153,7 +155,9 @@ def _draw(directory: Path, quality: dict[str, Any]) -> list[str]:
 
 def _write_card(directory: Path, source: Path | None, quality: dict[str, Any], name: str) -> list[str]:
     container, path = _unfinished(directory), directory / card.CARD
-    metadata = card.front_matter(source or directory, container.spec.source["model"])
+    metadata = card.front_matter(
+        source or directory, container.spec.source["model"], is_encoder_decoder(container.config)
+    )
     pictures = [picture for picture in (RATES, LAYERS) if (directory / picture).is_file()]
     measured = quality if "kl" in quality else {}
     generated = card.card_text(name, container, measured, quality.get("made") or {}, pictures)
@@ -198,17 +202,22 @@ def measure(
     from tiny_qmoe_mlx import blas
     from tiny_qmoe_mlx.report import compare, tasks
 
-    context = max(extent.window, tasks.CONTEXT if extent.tasks else 0)
+    config = checkpoint.read_config(Path(directory))
+    if is_encoder_decoder(config):  # which answers no chats
+        extent = replace(extent, tasks=0)
+    extra = masked_spans.extra(extent.window) if is_encoder_decoder(config) else 0
+    context = max(extent.window + extra, tasks.CONTEXT if extent.tasks else 0)
     with blas.shared_machine():
         pair = compare.open_pair(Path(directory), source, context)
         try:
-            windows, words = _windows(pair, text, extent, progress)
+            windows, words = _windows(pair, text, extent, config, progress)
             found = compare.evaluate(pair.converted, windows, pair.original, progress)
             out = _summary(found, {**words, "tokens": found["tokens"], "window": extent.window})
             if extent.tasks:
                 _run_tasks(out, pair, extent.tasks, progress)
             if extent.layer_tokens and pair.whole:
-                out["layers"] = compare.layer_kl(pair, windows[0][: extent.layer_tokens + 1], progress)
+                first = windows[0] if extra else windows[0][: extent.layer_tokens + 1]
+                out["layers"] = compare.layer_kl(pair, first, progress)
         finally:
             pair.converted.close()
     return out
@@ -229,16 +238,21 @@ def _run_tasks(out: dict[str, Any], pair: Any, count: int, progress: Progress) -
 
 
 def _windows(
-    pair: Any, text: Path | None, extent: Extent, progress: Progress
+    pair: Any, text: Path | None, extent: Extent, config: dict[str, Any], progress: Progress
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Token windows to predict, and where they are from."""
-    from tiny_qmoe_mlx.conversion.text import beginning, read_text, write_text
+    from tiny_qmoe_mlx.conversion.text import read_text, write_text
     from tiny_qmoe_mlx.report import compare
 
     if text is not None:
-        ids = pair.tokenizer.encode(read_text(text, "text"), add_special_tokens=False, verbose=False)
-        windows = compare.cut(ids, extent.window, extent.tokens, beginning(pair.tokenizer))
-        return windows, {"source": text.name}
+        given = read_text(text, "text")
+        windows = compare.windows_of(given, extent.window, extent.tokens, pair.tokenizer, config)
+        return windows, {"source": text.name, **({"masked": True} if is_encoder_decoder(config) else {})}
+    if is_encoder_decoder(config):
+        raise BudgetError(
+            "[report] an encoder-decoder writes no text to be measured on; python -m tiny_qmoe_mlx.evaluate --report "
+            "with --text FILE measures it."
+        )
     if not pair.whole:
         raise BudgetError(
             "[report] the original writes the text that it is measured on, and does not fit this machine's memory "
