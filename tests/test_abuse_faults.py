@@ -3,11 +3,12 @@ the promise.
 """
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from abuse import disk, fault_models, faults_reading, faults_writing, power_cut
-from abuse.fault_tasks import tasks
+from abuse.fault_tasks import Task, tasks
 from abuse.replayed_disk import Change, ReplayedDisk
 
 from tiny_qmoe_mlx import native
@@ -18,6 +19,7 @@ pytestmark = [
 ]
 
 
+slow = pytest.mark.slow
 QUICK = ("generate, streamed", "verify")
 
 
@@ -98,15 +100,41 @@ def test_random_schedules_of_reading(shim, work, commands):
 # ---- writing
 
 
-def test_kills_and_full_disks(tmp_path):
-    with tasks(tmp_path, ("convert", "profile")) as (shim, found):
-        outcomes = list(faults_writing.campaign(shim, tmp_path, found, 4, 3))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Iterator[tuple[Path, Path, list[Task]]]:
+    """A directory to work in, the shim, and two tasks."""
+    work = tmp_path_factory.mktemp("written")
+    with tasks(work, ("convert", "profile")) as (shim, found):
+        yield work, shim, found
+
+
+def test_kills_and_full_disks(written):
+    work, shim, found = written
+    outcomes = list(faults_writing.campaign(shim, work, found, 4, 3))
     assert not [outcome for outcome in outcomes if outcome.wrong], outcomes
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_power_cuts(shim, tmp_path, number):
-    journal = list(power_cut.journals(shim, tmp_path, number + 1))[number]
-    cuts = list(power_cut.campaign(journal, tmp_path, 40, 7))
+def test_power_cuts_of_a_conversion(written):
+    work, shim, found = written
+    cuts = list(power_cut.campaign(power_cut.journal(shim, work, found[0]), work, 40, 7))
     assert not [cut for cut in cuts if cut.wrong], cuts
-    assert len({cut.found for cut in cuts}) > 1
+    assert {"nothing", "unfinished"} <= {cut.found for cut in cuts}
+
+
+LIES = ("*", "model-experts-00001", "config.json", "out.partial$", "state.safetensors", "README.md")
+
+
+@pytest.mark.parametrize("part", ["*", *[pytest.param(part, marks=slow) for part in LIES[1:]]])
+def test_a_sync_that_is_left_out_is_found(written, part):
+    """The cuts find what they are there for: a disk that lies about one kind of fsync."""
+    work, shim, found = written
+    lying = power_cut.journal(shim, work, found[0], f"lie sync 0 -1 {part}")
+    assert any(cut.wrong for cut in power_cut.campaign(lying, work, 60, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(power_cut.SHARES)[1:])
+def test_power_cuts_of_what_replaces_files(tmp_path, name):
+    with tasks(tmp_path, [name]) as (shim, found):
+        cuts = list(power_cut.campaign(power_cut.journal(shim, tmp_path, found[0]), tmp_path, 20, 7))
+    assert not [cut for cut in cuts if cut.wrong], cuts

@@ -2,11 +2,11 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from commands import environment
 
@@ -54,18 +54,26 @@ class Task:
 
 
 @contextlib.contextmanager
-def tasks(work: Path, only: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[Task]]]:
-    """The shim, and all tasks (or those named), each measured in a run without faults; a small hub serves for them."""
-    shim = disk.build(work)
+def tasks(work: Path, only: Iterable[str] = ()) -> Iterator[tuple[Path, list[Task]]]:
+    """The shim, and all tasks (or those named), each measured in a run without faults; a small hub takes uploads."""
+    shim, names = disk.build(work), list(only) or list(MAKERS)
     original = fault_models.make_original(work / "original")
     model = disk.fresh(original, work / "model")
     with within(model):
         convert(BITS)
-    makers = (_conversions(original, model), _small(shim, model), _models(shim, model))
-    with contextlib.nullcontext((None, None)) if only else _hub(work) as (server, env):
-        found = [task for maker in makers for task in (islice(maker, 1) if only else maker)]
-        found += [] if only else [_upload(shim, model, server, env)]
-        yield shim, [_measured(task, shim, work) for task in found if not only or task.name in only]
+    with _hub(work) if "upload" in names else contextlib.nullcontext() as server:
+        places = Places(shim, original, model, server)
+        yield shim, [_measured(MAKERS[name](places), shim, work) for name in names]
+
+
+@dataclass(frozen=True)
+class Places:
+    """What tasks are made of: an original, the same with its converted model, and a hub."""
+
+    shim: Path
+    original: Path
+    model: Path
+    server: Any
 
 
 def _measured(task: Task, shim: Path, work: Path) -> Task:
@@ -94,16 +102,20 @@ def _strangers(top: Path, *known: str) -> str:
 # ---- conversions
 
 
-def _conversions(original: Path, model: Path) -> Iterator[Task]:
-    files = disk.contents(model / "out")
-    yield _conversion("convert", 6, original, PLAIN, files, lambda: convert(BITS))
+def _convert(places: Places) -> Task:
+    files = disk.contents(places.model / "out")
+    return _conversion("convert", 6, places.original, PLAIN, files, lambda: convert(BITS))
+
+
+def _overwrite(places: Places) -> Task:
+    """The same over a model of other bits."""
     line = list(PLAIN)
     line[line.index(BITS)] = "2"
-    other = disk.fresh(model, model.with_name("other"))
+    other = disk.fresh(places.model, places.model.with_name("other"))
     with within(other):
         convert("2", overwrite=True)
-    files = disk.contents(other / "out")
-    yield _conversion("convert --overwrite", 3, model, (*line, "--overwrite"), files, lambda: convert("2", True))
+    files, run = disk.contents(other / "out"), lambda: convert("2", overwrite=True)
+    return _conversion("convert --overwrite", 3, places.model, (*line, "--overwrite"), files, run)
 
 
 def _conversion(
@@ -135,35 +147,40 @@ def _conversion(
 # ---- small files
 
 
-def _small(shim: Path, model: Path) -> Iterator[Task]:
-    """Profile, trace and a saved conversation, the first and the last over older ones."""
-    top = disk.fresh(model, model.with_name("used"))
-    opened = container.open_model(top / "out")
-    line = ("generate", "--model", "out", "--prompt", "hello there", "--max-tokens", 20, "--json")
-    profile = (*line, "--memory", fault_models.least(top / "out"), "--profile", "use.json")
-    assert disk.run(shim, top, *profile).status == 0
+GENERATE = ("generate", "--model", "out", "--prompt", "hello there", "--max-tokens", 20, "--json")
 
-    def profile_left(at: Path) -> str:
+
+def _profile(places: Places) -> Task:
+    """Over an older one."""
+    top = disk.fresh(places.model, places.model.with_name("used"))
+    opened = container.open_model(top / "out")
+    argv = (*GENERATE, "--memory", fault_models.least(top / "out"), "--profile", "use.json")
+    assert disk.run(places.shim, top, *argv).status == 0
+
+    def left(at: Path) -> str:
         wrong = _readable(lambda: load_profile(at / "use.json", opened))
         return wrong or _strangers(at, "use.json", "use.json.partial")
 
-    yield Task("profile", 2, top, profile, profile_left, profile_left, _by_command(shim, profile, profile_left))
-    talk = ("chat", "--model", "out", "--max-tokens", 12)
-    old = disk.fresh(model, model.with_name("talked"))
-    assert disk.run(shim, old, *talk, data=SAID).status == 0
+    return Task("profile", 2, top, argv, left, left, _by_command(places.shim, argv, left))
 
-    def talk_left(at: Path) -> str:
+
+def _save(places: Places) -> Task:
+    """A conversation over an older one."""
+    argv = ("chat", "--model", "out", "--max-tokens", 12)
+    top = disk.fresh(places.model, places.model.with_name("talked"))
+    assert disk.run(places.shim, top, *argv, data=SAID).status == 0
+
+    def left(at: Path) -> str:
         wrong = _readable(lambda: chat.read_messages(at / "talk.json"))
         return wrong or _strangers(at, "talk.json", "talk.json.partial")
 
-    yield Task("/save", 2, old, talk, talk_left, talk_left, _by_command(shim, talk, talk_left, SAID), SAID)
-    yield _trace(shim, model, (*line, "--trace", "t.txt"))
+    return Task("/save", 2, top, argv, left, left, _by_command(places.shim, argv, left, SAID), SAID)
 
 
-def _trace(shim: Path, model: Path, argv: tuple) -> Task:
+def _trace(places: Places) -> Task:
     """A trace that was cut off is read up to its last whole line; one without its first line is refused."""
-    first = disk.fresh(model, model.with_name("traced"))
-    assert disk.run(shim, first, *argv).status == 0
+    argv, first = (*GENERATE, "--trace", "t.txt"), disk.fresh(places.model, places.model.with_name("traced"))
+    assert disk.run(places.shim, first, *argv).status == 0
     lines = (first / "t.txt").read_bytes()
 
     def left(top: Path) -> str:
@@ -176,7 +193,7 @@ def _trace(shim: Path, model: Path, argv: tuple) -> Task:
     def finished(top: Path) -> str:
         return "" if (top / "t.txt").read_bytes() == lines else "another trace"
 
-    return Task("trace", 2, model, argv, left, finished, _by_command(shim, argv, finished))
+    return Task("trace", 2, places.model, argv, left, finished, _by_command(places.shim, argv, finished))
 
 
 def _readable(read: Callable[[], object]) -> str:
@@ -190,21 +207,23 @@ def _readable(read: Callable[[], object]) -> str:
 # ---- a whole model that is changed
 
 
-def _models(shim: Path, model: Path) -> Iterator[Task]:
-    """Its report, and its gains trained."""
+def _report(places: Places) -> Task:
+    argv = ("evaluate", "--model", "out", "--against", "hf", "--text", "text.txt", "--report", "--tasks", 0)
+    argv = (*argv, "--tokens", 128, "--window", 64, "--json")
 
-    def in_place(top: Path) -> str:
+    def left(top: Path) -> str:
         return whole(top / "out") or _strangers(top)
 
-    report = ("evaluate", "--model", "out", "--against", "hf", "--text", "text.txt", "--report", "--tasks", 0)
-    report = (*report, "--tokens", 128, "--window", 64, "--json")
-    yield Task("report", 3, model, report, in_place, in_place, _by_command(shim, report, in_place))
+    return Task("report", 3, places.model, argv, left, left, _by_command(places.shim, argv, left))
 
-    low = disk.fresh(model, model.with_name("low"))
+
+def _finetune(places: Places) -> Task:
+    """Gains trained: the new model takes the old one's place whole."""
+    low, argv = disk.fresh(places.model, places.model.with_name("low")), ("-c", FINETUNE)
     with within(low):
         convert("1.5", overwrite=True)
-    first, argv = disk.fresh(low, low.with_name("tuned")), ("-c", FINETUNE)
-    done = disk.run(shim, first, *argv)
+    first = disk.fresh(low, low.with_name("tuned"))
+    done = disk.run(places.shim, first, *argv)
     assert (done.status, done.out) == (0, "True\n"), done
     old, new = disk.contents(low / "out"), disk.contents(first / "out")
 
@@ -217,56 +236,57 @@ def _models(shim: Path, model: Path) -> Iterator[Task]:
     def again(top: Path) -> str:
         """It starts from what stands there: the old model becomes the new one, the new one is trained further."""
         before = disk.contents(top / "out")
-        done = disk.run(shim, top, *argv)
+        done = disk.run(places.shim, top, *argv)
         if done.status:
             return f"it did not go on: {done.err[-500:]}"
         same = disk.contents(top / "out") == new or before == new
         return ("" if same else "other bytes than a run without faults") or whole(top / "out") or _strangers(top)
 
-    yield Task("finetune gains", 3, low, argv, left, left, again)
+    return Task("finetune gains", 3, low, argv, left, left, again)
 
 
 # ---- the hub
 
 
 @contextlib.contextmanager
-def _hub(work: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A small hub: where it keeps the repository, and the environment of its clients."""
-    from hub_server import WRITER, Hub  # a plugin of pytest's: not imported where tests import this module
+def _hub(work: Path) -> Iterator[Any]:
+    """A small hub."""
+    from hub_server import Hub  # a plugin of pytest's: not imported where tests import this module
 
     (work / "hub").mkdir()
     with Hub(work / "hub") as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
-        env = {"HF_ENDPOINT": server.address, "HF_HOME": str(work / "cache"), "HF_HUB_OFFLINE": "0"}
-        env |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1"}
         try:
-            yield server, environment(**env)  # type: ignore[misc]
+            yield server
         finally:
             server.shutdown()
             thread.join()
 
 
-def _upload(shim: Path, model: Path, server, env: dict[str, str]) -> Task:
+def _upload(places: Places) -> Task:
     """`convert --upload-repo` of a model that is whole."""
-    argv = (*PLAIN, "--upload-repo", "org/sent")
-    top = disk.fresh(model, model.with_name("sent"))
-    files = disk.contents(model / "out")
+    argv, server = (*PLAIN, "--upload-repo", "org/sent"), places.server
+    files, repository = disk.contents(places.model / "out"), server.root / "org--sent"
+    env = {"HF_ENDPOINT": server.address, "HF_HOME": str(server.root / "cache"), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_writer", "NO_PROXY": "127.0.0.1"}
 
     def left(at: Path) -> str:
-        held = disk.contents(server.root / "org--sent")
+        held = disk.contents(repository)
         if container.MANIFEST in held and any(held.get(name) != data for name, data in files.items()):
             return "the hub has a manifest before it has the model"
         return whole(at / "out") or _strangers(at)
 
     def finished(at: Path) -> str:
-        held = disk.contents(server.root / "org--sent")
+        held = disk.contents(repository)
         differ = [name for name, data in files.items() if held.get(name) != data]
         return f"the hub has other bytes of {differ}" if differ else ""
 
-    again = _by_command(shim, argv, finished, env=env)
+    again = _by_command(places.shim, argv, finished, env=environment(**env))
     begin = partial(_empty, server)
-    return Task("upload", 3, top, argv, left, finished, again, env=env, writes=False, begin=begin)
+    return Task(
+        "upload", 3, places.model, argv, left, finished, again, env=environment(**env), writes=False, begin=begin
+    )
 
 
 def _empty(server) -> None:
@@ -277,3 +297,15 @@ def _empty(server) -> None:
         (server.root / "org--sent").rmdir()
     for held in (server.repositories, server.objects, server.revisions):
         held.clear()
+
+
+MAKERS: dict[str, Callable[[Places], Task]] = {
+    "convert": _convert,
+    "convert --overwrite": _overwrite,
+    "profile": _profile,
+    "/save": _save,
+    "trace": _trace,
+    "report": _report,
+    "finetune gains": _finetune,
+    "upload": _upload,
+}

@@ -57,7 +57,7 @@ def attempt(shim: Path, work: Path, task: Task, kind: str, rng: random.Random) -
         plan, kill_s = draw(task, kind, rng)
         plans.append(plan or f"after {kill_s:.2f} s")
         done = disk.run(shim, top, *task.argv, plan=plan, data=task.data, kill_s=kill_s, env=task.env)
-        injected += len(done.injected) or done.status == -9
+        injected += done.status == -9 if kind in KILLS else bool(done.injected)
         wrong = _ended(done, kind, top, task) or task.left(top)
         if wrong or done.status == 0:
             return Outcome(task.name, kind, tuple(plans), injected, wrong)
@@ -72,21 +72,24 @@ def _ended(done: disk.Done, kind: str, top: Path, task: Task) -> str:
 
 
 def campaign(shim: Path, work: Path, found: list[Task], count: int, seed: int) -> Iterator[Outcome]:
-    """Kills, then half as many errors, each of a task that the seed picks by its weight."""
+    """`count` kills, then half as many errors, each of a task that the seed picks by its weight."""
     rng = random.Random(seed)
-    for number in range(count + count // 2):
-        able = [task for task in found if number < count or task.writes]
-        task = rng.choices(able, [task.weight for task in able])[0]
-        kind = rng.choice(KILLS if number < count else ERRORS)
-        yield attempt(shim, work, task, kind, rng)
+    for kinds, wanted, able in ((KILLS, count, found), (ERRORS, count // 2, [t for t in found if t.writes])):
+        done = 0
+        while done < wanted:
+            task = rng.choices(able, [task.weight for task in able])[0]
+            outcome = attempt(shim, work, task, rng.choice(kinds), rng)
+            done += outcome.injected
+            yield outcome
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, int | float | str]:
     """Counts by task and by kind."""
-    out: dict[str, int | float | str] = {"tasks with faults": len(outcomes)}
-    out["faults that came to pass"] = sum(o.injected for o in outcomes)
-    out |= {f"task {name}": n for name, n in sorted(Counter(o.task for o in outcomes).items())}
-    out |= {f"fault {kind}": n for kind, n in sorted(Counter(o.kind for o in outcomes).items())}
+    out: dict[str, int | float | str] = {"runs gone on with": len(outcomes)}
+    out["kills"] = sum(o.injected for o in outcomes if o.kind in KILLS)
+    out["runs with failing writes"] = sum(o.injected > 0 for o in outcomes if o.kind in ERRORS)
+    out |= {f"runs of {name}": n for name, n in sorted(Counter(o.task for o in outcomes).items())}
+    out |= {f"runs with {kind}": n for kind, n in sorted(Counter(o.kind for o in outcomes).items())}
     return out
 
 

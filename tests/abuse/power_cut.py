@@ -1,10 +1,11 @@
-"""A power cut at many moments of one run: what may be on the disk afterwards verifies, and goes on to the same bytes.
+"""A power cut at many moments of runs that write: what may be on the disk afterwards is whole, and goes on.
 
     PYTHONPATH=tests python -m abuse.power_cut --count 500 --seed 0
 
 The shim's journal (cpp/fault_journal.h) has every change that one run made. A cut lies between two of them; the replay
 (replayed_disk.py) then builds a directory as a disk may show it afterwards. Where the model has its final name it has
-to verify whole; then the same command has to bring it to the bytes of a run without a cut.
+to verify whole; then the same command has to bring it to the bytes of a run without a cut. `count` cuts of a
+conversion, half as many of one that replaces a model, a tenth of what changes a whole model.
 """
 
 import argparse
@@ -15,39 +16,42 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from abuse import disk, fault_models, record
-from abuse.fault_models import convert, whole, within
+from abuse import disk, record
+from abuse.fault_tasks import Task, tasks
 from abuse.replayed_disk import FATES, ORDERS, Change, ReplayedDisk, read_journal
 
 PROMISE = "After a power cut what has its final name is whole, and the same command goes on to the same bytes."
+SHARES = {
+    "convert": 1.0,
+    "convert --overwrite": 0.5,
+    "report": 0.1,
+    "finetune gains": 0.1,
+    "profile": 0.1,
+    "/save": 0.1,
+}
+LAST = 12  # changes at the end, among which the model gets its name: a quarter of the cuts lies there
 
 
 @dataclass(frozen=True)
 class Journal:
-    """One run: the disk before it, its changes, the files of the model that it made, and where its original lies.
+    """One run of a task: the disk before it, and its changes."""
 
-    again: the same command, in this process and the current directory.
-    """
-
-    name: str
+    task: Task
     before: ReplayedDisk
-    source: Path
     changes: list[Change]
-    files: dict[str, bytes]
-    again: Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Cut:
     """After how many changes, which names are kept and what becomes of bytes; what was wrong afterwards, or ""."""
 
-    journal: str
+    task: str
     at: int
     order: str
     fate: str
@@ -55,36 +59,23 @@ class Cut:
     wrong: str
 
 
-def journals(shim: Path, work: Path, count: int = 2) -> Iterator[Journal]:
-    """A conversion, and one that replaces a model; the first `count` of them."""
-    top = fault_models.make_original(work / "original")
-    plain = (*fault_models.PLAIN, "--quiet")
-    yield _journal(shim, work, "convert", top, plain, lambda: convert(fault_models.BITS))
-    if count < 2:
-        return
-    other = disk.fresh(work / "run", work / "other")
-    line = [*plain, "--overwrite"]
-    line[line.index("--bits") + 1] = "2"
-    yield _journal(shim, work, "convert --overwrite", other, line, lambda: convert("2", overwrite=True))
-
-
-def _journal(shim: Path, work: Path, name: str, before: Path, argv: object, again: Callable[[], object]) -> Journal:
-    """Run a command with a journal, which has to lead from the files before it to those after it."""
-    top, notes = disk.fresh(before, work / "run"), work / "journal"
+def journal(shim: Path, work: Path, task: Task, plan: str = "") -> Journal:
+    """Run a task with a journal, which has to lead from the files before it to those after it; plan: of faults."""
+    top, notes = disk.fresh(task.template, work / "run"), work / "journal"
     notes.unlink(missing_ok=True)
     start = ReplayedDisk(top)
-    done = disk.run(shim, top, *argv, journal=notes)  # type: ignore[misc]
-    assert (done.status, done.err) == (0, ""), done
+    done = disk.run(shim, top, *task.argv, journal=notes, data=task.data, plan=plan)
+    assert done.status == 0, done
     changes = read_journal(notes)
     replay = copy.deepcopy(start)
     for change in changes:
         replay.apply(change)
-    replay.build(replay.names("all", random.Random(0)), "kept", random.Random(0), fresh_name(work / "replayed"))
+    replay.build(replay.names("all", random.Random(0)), "kept", random.Random(0), gone(work / "replayed"))
     assert tree(work / "replayed") == tree(top), "the journal does not have all that was done"
-    return Journal(name, start, before / "hf", changes, disk.contents(top / "out"), again)
+    return Journal(task, start, changes)
 
 
-def fresh_name(path: Path) -> Path:
+def gone(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     return path
 
@@ -99,59 +90,40 @@ def digest(found: dict[str, bytes | None]) -> str:
     return xxhash.xxh3_128_hexdigest(b"\n".join(parts))
 
 
-def judge(journal: Journal, top: Path) -> tuple[str, str]:
-    """(what the cut left, what is wrong with it or with going on)."""
-    there, partial = (top / "out").exists(), (top / "out.partial").exists()
-    found = "whole" if there else "unfinished" if partial else "nothing"
-    wrong = whole(top / "out") if there else ""
-    if wrong:
-        return found, wrong
-    with within(top):
-        try:
-            journal.again()
-        except FileExistsError as error:
-            if not there or "is a converted model already" not in str(error):
-                return found, f"it does not go on: {error}"
-        except Exception as error:  # whatever it is, it is wrong
-            return found, f"it does not go on: {type(error).__name__} {error}"
-    return found, _same(journal, top)
+def judge(task: Task, top: Path) -> tuple[str, str]:
+    """(what the cut left of the model, what is wrong with it or with going on)."""
+    names = {path.name.partition("-")[0] for path in top.iterdir()}
+    there = {"out": "whole", "out.partial": "unfinished", "out.replaced": "set aside"}
+    found = next((words for name, words in there.items() if name in names), "nothing")
+    return found, task.left(top) or task.again(top)
 
 
-def _same(journal: Journal, top: Path) -> str:
-    files = disk.contents(top / "out")
-    differ = [name for name, data in journal.files.items() if files.get(name) != data]
-    if differ:
-        return f"it went on to other bytes of {', '.join(differ)}"
-    left = {p.name for p in top.iterdir()} - {"hf", "text.txt", "out"}
-    return f"it left {', '.join(sorted(left))}" if left else ""
-
-
-def campaign(journal: Journal, work: Path, count: int, seed: int) -> Iterator[Cut]:
+def campaign(found: Journal, work: Path, count: int, seed: int) -> Iterator[Cut]:
     """`count` cuts that the seed decides; equal directories are judged once."""
     rng, known = random.Random(seed), dict[str, tuple[str, str]]()
-    moments = sorted(rng.randrange(len(journal.changes) + 1) for _ in range(count))
-    replay, made = copy.deepcopy(journal.before), 0
+    last = len(found.changes)
+    moments = sorted(rng.randint(max(0, last - LAST) if rng.random() < 0.25 else 0, last) for _ in range(count))
+    replay, made = copy.deepcopy(found.before), 0
     for at in moments:
-        while made < at:
-            replay.apply(journal.changes[made])
-            made += 1
-        order, fate = rng.choice(ORDERS), rng.choice((*FATES, "mixed", "mixed"))
-        top = fresh_name(work / "cut")
+        for change in found.changes[made:at]:
+            replay.apply(change)
+        made, order, fate = at, rng.choice(ORDERS), rng.choice((*FATES, "mixed", "mixed"))
+        top = gone(work / "cut")
         replay.build(replay.names(order, rng), fate, rng, top)
-        shutil.rmtree(top / "hf")
-        shutil.copytree(journal.source, top / "hf")  # with its times, by which a conversion knows it
         key = digest(tree(top))
         if key not in known:
-            known[key] = judge(journal, top)
-        yield Cut(journal.name, at, order, fate, *known[key])
+            shutil.rmtree(top / "hf")
+            shutil.copytree(found.task.template / "hf", top / "hf")  # with its times, by which a conversion knows it
+            known[key] = judge(found.task, top)
+        yield Cut(found.task.name, at, order, fate, *known[key])
 
 
 def figures(cuts: list[Cut]) -> dict[str, int | float | str]:
     """Counts by run, by what was left, and by what the disk lost."""
     out: dict[str, int | float | str] = {"cuts": len(cuts)}
-    for name in sorted({cut.journal for cut in cuts}):
-        found = Counter(cut.found for cut in cuts if cut.journal == name)
-        out[f"model after the cut, {name}"] = ", ".join(f"{n} {what}" for what, n in sorted(found.items()))
+    for name in dict.fromkeys(cut.task for cut in cuts):
+        found = Counter(cut.found for cut in cuts if cut.task == name)
+        out[f"the model after the cut, {name}"] = ", ".join(f"{n} {what}" for what, n in sorted(found.items()))
     out |= {f"names kept: {order}": n for order, n in sorted(Counter(cut.order for cut in cuts).items())}
     out |= {f"bytes that were not synced: {fate}": n for fate, n in sorted(Counter(cut.fate for cut in cuts).items())}
     return out
@@ -166,13 +138,13 @@ def main() -> int:
         print(disk.missing())
         return 1
     start, cuts = time.monotonic(), list[Cut]()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for number, journal in enumerate(journals(disk.build(work), work)):
-            cuts += campaign(journal, work, args.count, args.seed + number)
+    with tempfile.TemporaryDirectory() as folder, tasks(Path(folder), SHARES) as (shim, found):
+        for task in found:
+            count = max(1, int(SHARES[task.name] * args.count))
+            cuts += campaign(journal(shim, Path(folder), task), Path(folder), count, args.seed)
     wrong = [cut for cut in cuts if cut.wrong]
     for cut in wrong:
-        print(f"{cut.journal}, cut after {cut.at}, names {cut.order}, bytes {cut.fate}: {cut.wrong}")
+        print(f"{cut.task}, cut after {cut.at}, names {cut.order}, bytes {cut.fate}: {cut.wrong}")
     record.keep(3, "power_cut", PROMISE, "abuse.power_cut", time.monotonic() - start, figures(cuts), len(wrong))
     return 1 if wrong else 0
 

@@ -2,8 +2,8 @@
 //
 // A plan is rules with ';' between, each "kind op first count part" with a space between (count -1: for ever), or
 // "kind op p=PROBABILITY seed part". `first` counts the calls of that operation on files whose path holds `part`, from 0
-// ("*" is any file). Calls are counted below the given directory alone. The log has a line per injected fault, and on
-// fault_counts() how many calls of each operation there were.
+// ("*": any file; "part$": whose path ends so). Only calls below the given directory are counted. The log has a line
+// per injected fault and, at the end of the process, one with the number of calls of each operation.
 #pragma once
 
 #include <fcntl.h>
@@ -92,13 +92,20 @@ inline double next_uniform(uint64_t& state) {  // splitmix64
     return double((z ^ (z >> 31)) >> 11) / double(1ull << 53);
 }
 
+inline bool holds(const std::string& path, const std::string& part) {
+    if (part == "*") return true;
+    if (part.back() != '$') return path.find(part) != std::string::npos;
+    size_t size = part.size() - 1;
+    return path.size() >= size && path.compare(path.size() - size, size, part, 0, size) == 0;
+}
+
 // What shall happen to this call: a kind of the plan, or "" for nothing.
 inline std::string fault(Op op, const std::string& path) {
     if (!below(path)) return "";
     std::lock_guard<std::mutex> held(plan().lock);
     long number = plan().calls[op]++;
     for (Rule& rule : plan().rules) {
-        if (rule.op != op || (rule.part != "*" && path.find(rule.part) == std::string::npos)) continue;
+        if (rule.op != op || !holds(path, rule.part)) continue;
         long at = rule.seen++;
         bool hit = rule.probability > 0 ? next_uniform(rule.state) < rule.probability
                                         : at >= rule.first && (rule.count < 0 || at < rule.first + rule.count);

@@ -4,7 +4,8 @@
 // FAULT_DIRECTORY, FAULT_PLAN, FAULT_LOG and FAULT_JOURNAL say what at the start; a process that was forked calls
 // fault_configure instead. Kinds: eio, enospc, eintr, eagain fail the call; short does less than was asked for; delay
 // waits 5 s; truncate cuts the file to a third first; kill ends the process before the call, killafter after it, torn
-// after half of it. A mapping that fails with eio gives SIGBUS where it is read, as a disk's does.
+// after half of it; lie says that it synced and did not; see does nothing but log. A mapping that fails with eio gives
+// SIGBUS where it is read, as a disk's does.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -224,6 +225,7 @@ template <class Call>
 static int syncing(int file, Call call) {
     std::string path = path_of(file), kind = fault(SYNC, path);
     if (refused(kind, path)) return -1;
+    if (kind == "lie") return 0;
     Held held(journal().lock);
     int result = call();
     if (result == 0 && journaled(path)) note("S\t" + std::to_string(inode(file)));
