@@ -14,9 +14,9 @@ TEMPLATE = (
 )
 
 
-def make_checkpoint(directory: Path) -> Path:
+def make_checkpoint(directory: Path, **overrides) -> Path:
     """Write the original, whose attention is wide enough for a quantized cache."""
-    tiny_models.make_checkpoint(directory, "qwen3_moe", head_dim=32)
+    tiny_models.make_checkpoint(directory, "qwen3_moe", head_dim=32, **overrides)
     file = directory / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
     weights = {name: np.array(w) for name, w in mx.load(str(directory / "model.safetensors")).items()}

@@ -80,6 +80,29 @@ def test_many_stops_in_a_row(monkeypatch, checkpoint, text, tmp_path, whole):
     assert contents(tmp_path / "out") == whole
 
 
+def test_a_conversion_that_stopped_before_its_manifest(monkeypatch, checkpoint, text, tmp_path, whole):
+    """Card and pictures are there already, and are not counted as a part of themselves."""
+    with monkeypatch.context() as m, pytest.raises(Stopped):
+        m.setattr(conversion, "write_manifest", lambda directory: (_ for _ in ()).throw(Stopped))
+        conversion.convert(checkpoint, tmp_path / "out", Settings(calibration=str(text), **SETTINGS))
+    assert "README.md" in names(tmp_path / "out.partial")
+    conversion.convert(checkpoint, tmp_path / "out", Settings(calibration=str(text), **SETTINGS))
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_model_that_was_set_aside_comes_back(checkpoint, text, tmp_path, whole, here):
+    """A kill between the two renames of --overwrite leaves no model under its name, and the old one beside it."""
+    child = start("convert", "--help")
+    finish(child)
+    aside = tmp_path / f"out.replaced-{child.pid}"
+    aside.mkdir()
+    for name, data in whole.items():
+        (aside / name).write_bytes(data)
+    line = ("--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", text, *LINE)
+    assert "is a converted model already" in refusal(here("convert", *line))
+    assert names(tmp_path) == ["out"] and contents(tmp_path / "out") == whole
+
+
 KILLS = [pytest.param(n, marks=[] if n < 2 else pytest.mark.slow) for n in range(30)]
 
 

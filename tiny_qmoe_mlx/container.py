@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from tiny_qmoe_mlx import model_file
+from tiny_qmoe_mlx.disk_reads import named, read_array
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import (
     ALIGNMENTS,
@@ -148,14 +149,14 @@ def write_manifest(directory: str | Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def file_hash(path: Path, header_bytes: int | None = None, layer: LayerSpec | None = None) -> str:
     """xxh3-128 of a file, 32 hex digits; of an experts file, of its header and checksums."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         if layer is not None and header_bytes is not None:
             digest.update(file.read(header_bytes))
             file.seek(header_bytes + layer.experts * layer.record_bytes)
@@ -196,7 +197,7 @@ class Container:
         layer = self.spec.layers[layer_index]
         check_hash(self.directory, layer.file, self.files[layer.file], layer)
         offset = self.record_offset(layer_index, 0) + layer.experts * layer.record_bytes
-        sums = np.fromfile(self.expert_file(layer_index), "<u8", layer.experts * layer.checksums, offset=offset)
+        sums = read_array(self.expert_file(layer_index), "<u8", layer.experts * layer.checksums, offset)
         return sums.reshape(layer.experts, layer.checksums)
 
 
@@ -302,7 +303,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
 
 
 def _read_json(directory: Path, name: str) -> tuple[bytes, dict[str, Any]]:
-    with open(directory / name, "rb") as file:
+    with named(directory / name), open(directory / name, "rb") as file:
         raw = file.read(MAX_JSON + 1)
     if len(raw) > MAX_JSON:
         raise FormatError(f"[{name}] should have at most {MAX_JSON} bytes, has more; {_AGAIN}")
@@ -376,7 +377,7 @@ def read_experts_header(directory: Path, layer: LayerSpec, alignment: int) -> in
     """
     name, path = layer.file, directory / layer.file
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise FormatError(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
+from tiny_qmoe_mlx.disk_reads import read_header
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.spec import LayerSpec
@@ -87,20 +88,11 @@ def picks(container: Container) -> int:
 
 def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of every non-expert tensor, from the headers."""
-    from safetensors import SafetensorError, safe_open
-
     sizes = {}
     experts = {layer.file for layer in container.spec.layers}
     for file in (container.directory / n for n in container.files if n.endswith(".safetensors") and n not in experts):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    part = tensors.get_slice(name)
-                    sizes[name] = (part.get_dtype(), part.get_shape())
-        except SafetensorError as error:
-            raise FormatError(
-                f"[{file.name}] its header is damaged: {error}; copy or convert the model again."
-            ) from error
+        tensors, _ = read_header(file)
+        sizes.update({name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()})
     return sizes
 
 

@@ -14,11 +14,11 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
-from safetensors import SafetensorError, safe_open
 
 from tiny_qmoe_mlx import budget, footprint, lookahead
 from tiny_qmoe_mlx.chat_template import render
 from tiny_qmoe_mlx.container import open_model
+from tiny_qmoe_mlx.disk_reads import read_header
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
@@ -271,12 +271,8 @@ def draft_bytes(directory: Path, config: dict, context: int, guesses: int) -> in
     if not files:
         raise FormatError(f"[model] {directory} should hold model*.safetensors and does not.")
     for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                parts = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118 (not a dict)
-                total += sum(_width(part.get_dtype(), cpu) * math.prod(part.get_shape()) for part in parts)
-        except SafetensorError as error:
-            raise FormatError(f"[{file}] its header is damaged: {error}; copy the draft model again.") from error
+        tensors, _ = read_header(file)
+        total += sum(_width(tensor.dtype, cpu) * math.prod(tensor.shape) for tensor in tensors.values())
     logits = 6 * 4 * guesses * vocabulary(config, 0)
     return total + footprint.kv_bytes(config, context, cpu) + logits
 

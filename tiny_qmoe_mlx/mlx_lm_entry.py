@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import models
+from tiny_qmoe_mlx.disk_reads import weights_of
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.masked_spans import refuse
 
@@ -48,7 +49,8 @@ def classes(directory: Path) -> tuple[type, type]:
                 # mlx-lm holds what it read until this returns: emptied, so that no array is twice in memory
                 for held in (weights, read):
                     held.clear()
-                models.finish(self, cpu)
+                with weights_of(directory):
+                    models.finish(self, cpu)
                 models.attach(self, container, budget)
             return self
 

@@ -7,6 +7,7 @@ never runs it, and a directory that names another, or has another text in it, is
 from pathlib import Path
 from typing import Any
 
+from tiny_qmoe_mlx.disk_reads import named
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import AGAIN, CONFIG
 
@@ -50,7 +51,7 @@ def check_text(directory: Path, name: str, entry: object = None) -> None:
     """
     if name != NAME:
         return
-    with open(directory / NAME, "rb") as file:
+    with named(directory / NAME), open(directory / NAME, "rb") as file:
         if file.read(len(TEXT) + 1) != TEXT:
             raise FormatError(f"[{NAME}] should be the file that convert writes and is not; {AGAIN}.")
 

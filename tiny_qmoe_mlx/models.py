@@ -24,6 +24,7 @@ from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe, rans_probe, whole
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
+from tiny_qmoe_mlx.disk_reads import is_disk, weights_of
 from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
@@ -273,7 +274,8 @@ def load(
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu
     container, budget = prepare(directory, memory, context, cpu)
-    model = _build(directory, container, cpu)
+    with weights_of(directory):
+        model = _build(directory, container, cpu)
     attach(model, container, budget, streaming, progress)
     return model, tokenizer or open_tokenizer(directory)
 
@@ -352,7 +354,7 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
     try:
         model, _ = load_model(directory, True, model_config=NOT_RUN, get_model_classes=model_classes(container.spec))
     except Exception as error:  # a config that contradicts itself trips mlx-lm in many ways
-        if isinstance(error, FormatError | MemoryError):
+        if isinstance(error, FormatError | MemoryError) or is_disk(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tiny_qmoe_mlx.disk_reads import named
+
 MANIFEST = "tiny_qmoe_manifest.json"
 PLAN, STATE, TOKENS = "conversion.json", "state.safetensors", "calibration.npy"
 UNFINISHED = {PLAN, STATE, TOKENS}  # of a conversion under way; no part of the model
@@ -72,7 +74,8 @@ def replaced_file(path: Path, temporary: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and (better := disk_full(error, path)) is not error:
             raise better from error
-        raise
+        with named(path):
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,9 +120,9 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         OSError: it cannot be made or renamed.
     """
     target = Path(out).resolve()
+    clear_leftovers(target)
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     temporary = target.with_name(f"{target.name}.partial-{os.getpid()}")
     temporary.mkdir()
     lock = os.open(temporary, os.O_RDONLY)
@@ -168,8 +171,11 @@ def _listed(out: Path) -> set[str]:
         return {MANIFEST}
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Clear what killed processes left beside `target`, and bring back a model that one had set aside."""
+def clear_leftovers(out: str | Path) -> None:
+    """Clear what killed processes left beside an output, and bring back a model that one had set aside."""
+    target = Path(out).resolve()
+    if not target.parent.is_dir():
+        return
     pattern = re.compile(re.escape(target.name) + r"\.(partial|replaced)-(\d+)")
     for entry in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)

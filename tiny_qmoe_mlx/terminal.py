@@ -106,6 +106,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "the machine's memory is used up; give a smaller --memory or close other programs"
     text = str(error)
+    if isinstance(error, RuntimeError):
+        return f"[weights] MLX could not read a file ({' '.join(text.split())}); check the disk"
     if isinstance(error, OSError) and error.strerror:
         text = f"[{error.filename}] {error.strerror}" if error.filename is not None else error.strerror
     return " ".join(text.split()) or type(error).__name__
@@ -135,8 +137,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         # The reader (head, say) has enough. Python would flush stdout again at exit and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ValueError, OSError, ImportError, MemoryError, KeyboardInterrupt) as error:
-        if "--debug" in argv:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if "--debug" in argv or (isinstance(error, RuntimeError) and "[read]" not in str(error)):
             raise
         if _stopped == TERMINATED:
             return TERMINATED

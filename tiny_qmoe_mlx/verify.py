@@ -29,6 +29,7 @@ from tiny_qmoe_mlx.container import (
     read_manifest,
     record_checksums,
 )
+from tiny_qmoe_mlx.disk_reads import named, read_array, read_into
 from tiny_qmoe_mlx.errors import FormatError
 
 BITS_TOLERANCE = 1e-3  # of the bits that config.json states: it may be rounded
@@ -104,19 +105,18 @@ def _check_experts(
     advance(entry["bytes"] - layer.experts * layer.record_bytes)
     path, start = directory / layer.file, entry["header_bytes"]
     offset = start + layer.experts * layer.record_bytes
-    sums = np.fromfile(path, "<u8", layer.experts * layer.checksums, offset=offset).reshape(layer.experts, -1)
+    sums = read_array(path, "<u8", layer.experts * layer.checksums, offset).reshape(layer.experts, -1)
     record = np.empty(layer.record_bytes, np.uint8)
     try:
         table = tuples.read_table(directory) if layer.coded and (directory / tuples.FILE).is_file() else None
     except FormatError as error:
         yield Problem(tuples.FILE, str(error))
         return
-    with open(path, "rb", buffering=0) as file:
+    with named(path), open(path, "rb", buffering=0) as file:
         file.seek(start)
         for expert in range(layer.experts):
-            complete = file.readinto(record.data) == len(record)
-            problem = "could not be read whole"
-            if complete:
+            problem = f"[{layer.file}, layer {layer.layer}, expert {expert}] the file ends within the record."
+            if read_into(file, record) == len(record):
                 problem = _record_problem(record, layer, expert, sums[expert], spec.length, table)
             if problem:
                 yield Problem(layer.file, problem, layer.layer, expert)

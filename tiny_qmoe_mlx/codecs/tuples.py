@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from tiny_qmoe_mlx.disk_reads import read_header, read_tensor
 from tiny_qmoe_mlx.errors import FormatError
 
 FILE, TENSOR = "model-tuples.safetensors", "tiny_qmoe.tuples"  # a converted model's table, u8 (entries, 4)
@@ -85,9 +85,8 @@ def read_table(directory: Path) -> np.ndarray:
         FormatError: the file is damaged.
     """
     try:
-        with safe_open(directory / FILE, "np") as file:
-            found = file.get_tensor(TENSOR)
-    except (SafetensorError, OSError) as error:
+        found = read_tensor(directory / FILE, read_header(directory / FILE)[0][TENSOR])
+    except (FormatError, LookupError, OSError) as error:
         raise FormatError(f"[{FILE}] should hold {TENSOR}: {error}; copy or convert the model again.") from error
     check_table(found, FILE)
     return found

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
 from tiny_qmoe_mlx.codecs import qmoe
 from tiny_qmoe_mlx.conversion.affine import affine_alignment
@@ -17,6 +16,7 @@ from tiny_qmoe_mlx.conversion.calibrate import LayerTokens, hidden_values
 from tiny_qmoe_mlx.conversion.expert_pass import groups
 from tiny_qmoe_mlx.conversion.gptq import gptq, grid_of, hessians, most_tokens
 from tiny_qmoe_mlx.conversion.settings import Settings
+from tiny_qmoe_mlx.disk_reads import read_header
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import LayerSpec, ModelSpec, bits_per_weight
@@ -146,6 +146,6 @@ def settle_finished(spec: ModelSpec, directory: Path, finished: int) -> ModelSpe
     """The same with the sizes that the files of finished layers have."""
     sizes = {}
     for layer in (s for s in spec.layers if s.layer <= finished):
-        with safe_open(directory / layer.file, "np") as file:
-            sizes[layer.layer] = file.get_slice(f"{layer.path}.records").get_shape()[1]
+        tensors, _ = read_header(directory / layer.file)
+        sizes[layer.layer] = tensors[f"{layer.path}.records"].shape[1]
     return settled(spec, sizes)

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from tiny_qmoe_mlx import model_file
 from tiny_qmoe_mlx.conversion import layerwise
+from tiny_qmoe_mlx.disk_reads import is_disk
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import ModelSpec
@@ -102,6 +103,8 @@ def write_shard(path: Path, arrays: dict[str, mx.array]) -> None:
         try:
             mx.save_safetensors(str(temporary), arrays, {"format": "mlx"})
         except RuntimeError as error:  # MLX's word for a disk that is full
+            if is_disk(error):  # the other one: what is written is read just now
+                raise
             raise OSError(f"[{path}] could not be written, is the disk full? MLX says: {error}") from error
 
 

@@ -7,6 +7,7 @@ before the next one is read, so that one layer is in memory at a time and a stop
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tiny_qmoe_mlx.conversion.planning import plan_layers
 from tiny_qmoe_mlx.conversion.qmoe import settle_finished
 from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.conversion.text import calibration_tokens, can_write
+from tiny_qmoe_mlx.disk_reads import weights_of
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.hub.shards import SourceShards
@@ -34,7 +36,7 @@ from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.report import write as report
 from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODED, QMOE, ModelSpec
-from tiny_qmoe_mlx.staging import check_space, check_target, disk_full
+from tiny_qmoe_mlx.staging import check_space, check_target, clear_leftovers, disk_full
 
 
 def convert(
@@ -76,6 +78,7 @@ def convert(
     require_compiler()
     _check_together(settings, stream_shards, finetune)
     output = Path(mlx_path)
+    clear_leftovers(output)
     uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
     whole = bool(uploader or finetune) and not overwrite and is_whole(output, str(hf_path))
     if not whole:
@@ -139,8 +142,7 @@ def _write(
 ) -> tuple[hub.Located, np.ndarray | None]:
     """Write the whole directory; where the original lies, and the calibration tokens."""
     output = wanted.output
-    # one thread of BLAS: the same bytes on every machine, and its threads spin where others need the cores
-    with unfinished.unfinished_directory(output, wanted.overwrite) as directory, threadpool_limits(1, "blas"):
+    with unfinished.unfinished_directory(output, wanted.overwrite) as directory, _computing(wanted.source):
         try:
             located, shards = _open(wanted)
             config = checkpoint.read_config(located.directory)
@@ -189,6 +191,15 @@ def _check_kind(settings: Settings, config: dict, finetune: bool, stream_shards:
     asked = [option for option, given in refused.items() if given]
     if asked:
         raise ValueError(f"[convert] {asked[0]} is not there for encoder-decoders as this one; leave it out.")
+
+
+@contextlib.contextmanager
+def _computing(source: str) -> Iterator[None]:
+    """One thread of BLAS: the same bytes on every machine, and its threads spin where others need the cores. What MLX
+    cannot read of the original is said in a sentence.
+    """
+    with threadpool_limits(1, "blas"), weights_of(source):
+        yield
 
 
 def require_compiler() -> None:
@@ -290,14 +301,16 @@ def _improve(directory: Path, located: hub.Located, tokens: np.ndarray, progress
     """Finetune a whole model, and note in its report what that gave."""
     from tiny_qmoe_mlx.finetune.gains import finetune_gains  # needed by few
 
-    found = finetune_gains(directory, located.directory, tokens, progress=progress)
+    with weights_of(located.directory):
+        found = finetune_gains(directory, located.directory, tokens, progress=progress)
     report.write_report(directory, located.directory, {"finetune": found})
 
 
 def _measure(directory: Path, located: hub.Located, extent: report.Extent, progress: Progress) -> None:
     """Measure a whole model for its report; where its original cannot be beside it in memory, the report says so."""
     try:
-        quality = report.measure(directory, located.directory, None, extent, progress)
+        with weights_of(located.directory):
+            quality = report.measure(directory, located.directory, None, extent, progress)
     except BudgetError as error:
         quality = {"not_measured": str(error)}
     report.write_report(directory, located.directory, quality)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from tiny_qmoe_mlx.disk_reads import read_header, read_tensor
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.staging import (
     PLAN,
@@ -190,12 +190,11 @@ def load_state(directory: Path) -> tuple[int, list[dict], dict[str, np.ndarray]]
     if not path.exists():
         return None
     try:
-        with safe_open(path, "np") as file:
-            words = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys() if name != "nothing"}  # noqa: SIM118
+        tensors, words = read_header(path)
+        arrays = {name: read_tensor(path, tensor) for name, tensor in tensors.items() if name != "nothing"}
         missing = [n for n, size in json.loads(words["files"]).items() if _file_sizes(directory).get(n) != size]
         state = int(words["layer"]), json.loads(words["facts"]), arrays
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     if missing:
         raise CannotGoOn(

@@ -10,7 +10,6 @@ keeps nothing but its result:
 - a family that builds its experts in some other way: the whole matrix is read, and the wanted experts are cut from it.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from tiny_qmoe_mlx.disk_reads import Tensor, read_array, read_header
 
 # names of routed experts' tensors, in checkpoints and in mlx-lm; the second kind belongs to one expert only
 ROUTED = re.compile(r"\.(experts|switch_mlp|switch_glu)\.")
@@ -79,9 +80,9 @@ class Source:
             return tensors
         stacked = [n for n, a in tensors.items() if f".{layer}." in n and _holds_experts(n, a, count)]
         for file in self._files:
-            own, base = _header(file) if stacked else ({}, 0)
+            own = read_header(file)[0] if stacked else {}
             for name in set(own).intersection(stacked):
-                tensors[name] = _read_rows(file, base, own[name], experts, tensors[name])
+                tensors[name] = _read_rows(file, own[name], experts, tensors[name])
         return tensors
 
 
@@ -91,24 +92,17 @@ def _holds_experts(name: str, array: mx.array, count: int) -> bool:
     return array.ndim > 0 and len(array) == count and (routed or array.ndim > 2)
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where its data begin."""
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        return json.loads(opened.read(length)), 8 + length
-
-
-def _read_rows(file: Path, base: int, entry: dict[str, Any], experts: range, like: mx.array) -> mx.array:
+def _read_rows(file: Path, tensor: Tensor, experts: range, like: mx.array) -> mx.array:
     """Rows of a tensor along its first dimension, read now; the lazy whole where the type is none of those known."""
-    kind = NUMPY.get(entry["dtype"])
+    kind = NUMPY.get(tensor.dtype)
     if kind is None:
         return like
-    shape = (len(experts), *entry["shape"][1:])
+    shape = (len(experts), *tensor.shape[1:])
     each = int(np.prod(shape[1:]))
-    start = base + entry["data_offsets"][0] + experts.start * each * np.dtype(kind).itemsize
-    values = np.fromfile(file, kind, len(experts) * each, offset=start)
+    start = tensor.offset + experts.start * each * np.dtype(kind).itemsize
+    values = read_array(file, kind, len(experts) * each, start)
     array = mx.array(values.reshape(shape))
-    return array.view(mx.bfloat16) if entry["dtype"] == "BF16" else array
+    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.container import Container
+from tiny_qmoe_mlx.disk_reads import read_array
 from tiny_qmoe_mlx.staging import atomic_file
 
 EXPERTS_READ = 32  # of a layer, evenly chosen: enough for a mean, and a large model has tens of thousands
@@ -36,21 +37,20 @@ def layer_rates(container: Container) -> list[dict[str, Any]]:
     out = []
     for index, layer in enumerate(container.spec.layers):
         picked = np.unique(np.linspace(0, layer.experts - 1, EXPERTS_READ).astype(int))
-        data = np.memmap(container.expert_file(index), np.uint8, "r")  # only the pages of the rates are read
-        start = len(data) - layer.data_bytes
-        means = [_record_bits(data, start, layer, int(e)) for e in picked]
+        means = [_record_bits(container.expert_file(index), layer, int(e)) for e in picked]
         names = [name for name, _, _ in layer.matrices]
         bits = [round(float(b), 4) for b in np.mean(means, 0)]
         out.append({"layer": layer.layer, "bits": dict(zip(names, bits, strict=True))})
     return out
 
 
-def _record_bits(data: np.ndarray, start: int, layer: Any, expert: int) -> list[float]:
-    begin = start + expert * layer.record_bytes
+def _record_bits(file: Path, layer: Any, expert: int) -> list[float]:
     where = f"{layer.file}, expert {expert}"
     if layer.packing:
         return [float(p.bits) for p in layer.packing]
-    record = trellis.parse(np.asarray(data[begin : begin + layer.record_bytes]), layer.shapes, layer.bias, where)
+    begin = file.stat().st_size - layer.data_bytes + expert * layer.record_bytes
+    data = read_array(file, "u1", layer.record_bytes, begin)
+    record = trellis.parse(data, layer.shapes, layer.bias, where)
     return [float(trellis.BITS[m.rates].mean()) for m in record.matrices]
 
 

@@ -22,7 +22,7 @@ from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.report import card, plots
 from tiny_qmoe_mlx.spec import CODEC
-from tiny_qmoe_mlx.staging import atomic_file, write_json
+from tiny_qmoe_mlx.staging import UNFINISHED, atomic_file, write_json
 
 QUALITY, RATES, LAYERS = "quality.json", "rates.png", "kl.png"
 OWN_SEED = 1_000_003  # of text that the original writes to be measured on: not the calibration's
@@ -138,8 +138,9 @@ def cover(directory: Path, forget: Iterable[str] = (), add: Iterable[str] = ()) 
 
 
 def _unfinished(directory: Path) -> Container:
-    """A directory as it stands, whether or not it has a manifest."""
-    files = {p.name: {"bytes": p.stat().st_size} for p in directory.iterdir() if p.is_file() and p.name != MANIFEST}
+    """A directory as it stands, whether or not it has a manifest; without the card, which tells of the rest."""
+    others = {MANIFEST, card.CARD, *UNFINISHED}
+    files = {p.name: {"bytes": p.stat().st_size} for p in directory.iterdir() if p.is_file() and p.name not in others}
     return Container(directory, *read_config(directory), files)
 
 

@@ -1,0 +1,139 @@
+"""A disk that fails on command: cpp/fault_shim.cpp under commands in processes of their own.
+
+Faults are text, as cpp/fault_plan.h reads it: "eio read 3 1 model-experts" is EIO once, at the fourth read of a file
+whose path holds "model-experts".
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from commands import environment
+
+SHIM = Path(__file__).resolve().parent / "cpp" / "fault_shim.cpp"
+DELAY_S = 5  # of the shim's "delay"
+SENTENCE = re.compile(r"error: \[[^\]]+\] .{5,600}")
+SILENT_S = 30  # that a command may take more than without faults, its delays not counted
+
+
+def compiler() -> str | None:
+    return next((found for name in ("c++", "g++", "clang++", "clang++-19") if (found := shutil.which(name))), None)
+
+
+def missing() -> str:
+    """Why no shim can be had here; "" where one can."""
+    if not sys.platform.startswith("linux"):
+        return "the disk that fails on command stands between a program and Linux's libc"
+    return "" if compiler() else "no C++ compiler to build the disk that fails on command with"
+
+
+def build(directory: Path) -> Path:
+    """Compile the shim; the library."""
+    out = directory / "fault_shim.so"
+    flags = ["-O1", "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([str(compiler()), *flags, str(SHIM), "-o", str(out), "-ldl"], check=True)
+    return out
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left.
+
+    injected: the faults that came to pass, "kind operation number path". calls: of each operation below the directory;
+    none of a process that was killed.
+    """
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+    injected: list[str]
+    calls: dict[str, int] = field(default_factory=dict)
+    late: bool = False
+
+    @property
+    def delays(self) -> int:
+        return sum(line.startswith("delay") for line in self.injected)
+
+
+def run(
+    shim: Path,
+    top: Path,
+    *argv: object,
+    plan: str = "",
+    data: bytes = b"",
+    journal: Path | None = None,
+    limit_s: float = 300,
+    kill_s: float | None = None,
+    env: dict[str, str] | None = None,
+) -> Done:
+    """Run `python -m tiny_qmoe_mlx.<argv>`, or `python -c TEXT`, on a disk whose files below `top` fail as planned.
+
+    Args:
+        data: standard input.
+        journal: file that every change below `top` is written to.
+        limit_s: after which it is killed, and the result is `late`.
+        kill_s: after which it is killed, by intent.
+        env: its environment.
+    """
+    log = top.with_name(f"{top.name}.log")
+    log.unlink(missing_ok=True)
+    words = {"LD_PRELOAD": str(shim), "FAULT_DIRECTORY": str(top.resolve()), "FAULT_PLAN": plan, "FAULT_LOG": str(log)}
+    words |= {"FAULT_JOURNAL": str(journal)} if journal else {}
+    how = ["-c"] if argv[0] == "-c" else ["-m", f"tiny_qmoe_mlx.{argv[0]}"]
+    command = [sys.executable, *how, *map(str, argv[1:])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    start, late = time.monotonic(), False
+    child = subprocess.Popen(command, env={**(env or environment()), **words}, cwd=top, **pipes)  # type: ignore[call-overload]
+    try:
+        out, err = child.communicate(data, timeout=kill_s or limit_s)
+    except subprocess.TimeoutExpired:
+        late = kill_s is None
+        child.kill()
+        out, err = child.communicate()
+    lines = log.read_text().splitlines() if log.exists() else []
+    injected = [line for line in lines if not line.startswith("calls ")]
+    calls = {
+        k: int(v) for line in lines if line.startswith("calls ") for k, v in [w.split("=") for w in line.split()[1:]]
+    }
+    seconds = time.monotonic() - start
+    return Done(child.returncode, out.decode(), err.decode(), seconds, injected, calls, late)
+
+
+def why_no_sentence(done: Done) -> str:
+    """What is wrong with the end of a command that failed; "" where it is one sentence, notes before it perhaps."""
+    lines = done.err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    if done.late:
+        return "it hung"
+    if done.status != 1:
+        return f"exit status {done.status}: {done.err[-300:]}"
+    if "Traceback" in done.err or len(errors) != 1 or lines[-1] != errors[0] or not SENTENCE.fullmatch(errors[0]):
+        return f"no sentence: {done.err[-600:]}"
+    return ""
+
+
+def why_not_right(done: Done, right: Callable[[Done], bool]) -> str:
+    """What is wrong with a run; "" where it gave the right answer or one sentence."""
+    if done.status == 0 and not done.late:
+        return "" if right(done) else f"a wrong answer: {done.out[:300]}"
+    return why_no_sentence(done)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Files of a directory by name; {} where there is none."""
+    if not directory.is_dir():
+        return {}
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.is_file()}
+
+
+def fresh(template: Path, top: Path) -> Path:
+    """`top`, as `template` is."""
+    shutil.rmtree(top, ignore_errors=True)
+    shutil.copytree(template, top)
+    return top
