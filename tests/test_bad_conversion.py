@@ -114,9 +114,9 @@ SOURCES = {
     "other shapes in config": (lambda s: edit_config(s, hidden_size=128), r"\(258, 128\)"),
     "too many experts a token": (lambda s: edit_config(s, num_experts_per_tok=9), "9"),
     "dense model without gates": (make_dense, "should have routed experts .* or feed-forward .* neither was found"),
-    "cut weights": (cut_weights(900_000), "exceeding the size of the file"),
+    "cut weights": (cut_weights(900_000), "should take the file's 896040 bytes of data"),
     "cut header": (cut_weights(100), "header"),
-    "empty weights": (cut_weights(0), "cannot load"),
+    "empty weights": (cut_weights(0), "its header is damaged"),
     "garbage weights": (lambda s: (s / "model.safetensors").write_bytes(b"\xff" * 5000), "header"),
     "no weights": (lambda s: (s / "model.safetensors").unlink(), "should hold model.*safetensors and does not"),
     "no tokenizer": (
@@ -128,12 +128,12 @@ SOURCES = {
         r"\[tokenizer\] .* cannot: JSONDecodeError",
     ),
     "empty tokenizer": (lambda s: (s / "tokenizer.json").write_text("{}"), r"\[tokenizer\] .* cannot: "),
-    "damaged config": (lambda s: (s / "config.json").write_text("{"), "config.json should be JSON"),
+    "damaged config": (lambda s: (s / "config.json").write_text("{"), r"config\.json\] should be JSON"),
     "config that is a list": (
         lambda s: (s / "config.json").write_text("[]"),
-        "config.json should be an object with a model_type",
+        r"config\.json\] should be a JSON object",
     ),
-    "binary config": (lambda s: (s / "config.json").write_bytes(b"\xff\xfe\0"), "config.json should be JSON"),
+    "binary config": (lambda s: (s / "config.json").write_bytes(b"\xff\xfe\0"), r"config\.json\] should be JSON"),
 }  # fmt: skip
 
 

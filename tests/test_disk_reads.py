@@ -59,14 +59,14 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_header_is_refused_with_the_file(file, what):
     with_header(file, DAMAGE[what])
-    with pytest.raises(FormatError, match="x.safetensors. its header is damaged"):
+    with pytest.raises(FormatError, match=r"x.safetensors\] .*(copy|download)"):
         disk_reads.read_header(file)
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", b"\xff" * 5000, (2).to_bytes(8, "little") + b"{}" + b"more"])
 def test_what_is_no_safetensors_file(tmp_path, data):
     (tmp_path / "y").write_bytes(data)
-    with pytest.raises(FormatError, match="y. its header is damaged"):
+    with pytest.raises(FormatError, match=r"y\] .*(copy|download)"):
         disk_reads.read_header(tmp_path / "y")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.errors import BudgetError, shown
 from tiny_qmoe_mlx.footprint import kv_bytes, picks, program_bytes, scratch_bytes, weight_bytes
 
 UNITS = {
@@ -74,13 +74,14 @@ def parse_memory(text: str | int, machine: int | None = None) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[A-Z]*)", word)
     if not match or match[2] not in (*UNITS, "%"):
         raise BudgetError(
-            f"[memory] a budget should look like 6GB, 512MiB, 60%, auto or a number of bytes, received {text!r}."
+            f"[memory] a budget should look like 6GB, 512MiB, 60%, auto or a number of bytes, received {shown(text)!r}."
         )
     scale = machine / 100 if match[2] == "%" else UNITS[match[2]]
-    size = int(float(match[1]) * scale)
+    size = int(min(float(match[1]) * scale, 2.0 * machine))
     if not 0 < size <= machine:
         raise BudgetError(
-            f"[memory] a budget should be more than 0 and at most this machine's {show(machine)}, received {text!r}."
+            f"[memory] a budget should be more than 0 and at most this machine's {show(machine)}, received "
+            f"{shown(text)!r}."
         )
     return size
 

@@ -9,16 +9,16 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from tiny_qmoe_mlx import model_file
+from tiny_qmoe_mlx import config_file, model_file, plain_files, safetensors_header
 from tiny_qmoe_mlx.disk_reads import named, read_array
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.spec import (
     ALIGNMENTS,
     CHECKSUM_BYTES,
@@ -65,7 +65,7 @@ __all__ = [
     "write_manifest",
 ]
 
-MAX_HEADER, MAX_JSON = 1 << 20, 1 << 26
+MAX_HEADER, MAX_JSON = 1 << 20, config_file.MAX_JSON
 SELF = "self_xxh3_128"
 _HEX = re.compile("[0-9a-f]{32}")
 _EXPERTS_FILE = re.compile(r"model-experts-.*\.safetensors")
@@ -176,6 +176,7 @@ class Container:
     config: dict[str, Any]
     spec: ModelSpec
     files: dict[str, dict[str, Any]]  # the manifest's
+    states: plain_files.State = field(default_factory=dict)  # of the files before they were checked
 
     def expert_file(self, layer_index: int) -> Path:
         """Path of a layer's experts file."""
@@ -213,6 +214,7 @@ def open_model(path: str | Path, hash_files: bool = False) -> Container:
     """
     directory = Path(path)
     files = read_manifest(directory)
+    states = plain_files.states(directory, [name for name in files if not name.endswith(LOOSE)])
     config, spec = read_config(directory)
     layers = {layer.file: layer for layer in spec.layers}
     check_names(directory, files, layers)
@@ -222,10 +224,12 @@ def open_model(path: str | Path, hash_files: bool = False) -> Container:
         check_size(directory, name, entry)
         if name in layers:
             check_experts_header(directory, layers[name], spec.alignment, entry)
+        elif name.endswith(".safetensors"):
+            safetensors_header.check(directory / name)
         if hash_files:
             check_hash(directory, name, entry, layers.get(name))
     model_file.check(directory, config, files)
-    return Container(directory, config, spec, files)
+    return Container(directory, config, spec, files, states)
 
 
 def sizes(directory: str | Path) -> dict[str, Any]:
@@ -249,8 +253,11 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """The manifest's files, their names and fields checked, and the manifest's own hash.
 
     Raises:
-        FormatError: no model, an unconverted or unfinished one, a damaged manifest, or another version.
+        FormatError: no model, an unconverted or unfinished one, a damaged manifest, or another version; or the
+            directory holds other things than files (plain_files).
     """
+    if directory.is_dir():
+        plain_files.check_directory(directory)
     if not (directory / MANIFEST).is_file():
         raise _not_converted(directory)
     raw, manifest = _read_json(directory, MANIFEST)
@@ -299,14 +306,12 @@ def read_config(directory: Path) -> tuple[dict[str, Any], ModelSpec]:
     if not (directory / CONFIG).is_file():
         raise FormatError(f"[{CONFIG}] is missing in {directory}; {_AGAIN}")
     config = _read_json(directory, CONFIG)[1]
+    config_file.check(config)
     return config, ModelSpec.from_dict(config.get("tiny_qmoe"))
 
 
 def _read_json(directory: Path, name: str) -> tuple[bytes, dict[str, Any]]:
-    with named(directory / name), open(directory / name, "rb") as file:
-        raw = file.read(MAX_JSON + 1)
-    if len(raw) > MAX_JSON:
-        raise FormatError(f"[{name}] should have at most {MAX_JSON} bytes, has more; {_AGAIN}")
+    raw = plain_files.read(directory / name, MAX_JSON, name)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -325,10 +330,17 @@ def check_names(directory: Path, files: dict[str, Any], layers: dict[str, LayerS
     for name in layers:
         if type(files.get(name, {}).get("header_bytes")) is not int:
             raise FormatError(f"[{name}] is named by {CONFIG} but not by {MANIFEST}; {_AGAIN}")
-    present = {p.name for p in directory.glob("model*.safetensors")}
+    present = {p.name for p in directory.iterdir() if _is_loaded(p.name)}
     experts = {n for n in files if _EXPERTS_FILE.fullmatch(n)} - set(layers)
     for name in sorted((present - set(files)) | experts):
         raise FormatError(f"[{name}] does not belong to this model, and would be loaded with it; remove it.")
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether mlx-lm or transformers open a file of this name in a model's directory, whoever put it there."""
+    if name.endswith(".safetensors"):
+        return name.startswith("model")
+    return name != MANIFEST and (plain_files.is_read(name) or name in plain_files.FOLDERS)
 
 
 def check_size(directory: Path, name: str, entry: dict[str, Any]) -> None:
@@ -391,7 +403,7 @@ def read_experts_header(directory: Path, layer: LayerSpec, alignment: int) -> in
     for key, tensor in file_tensors(layer).items():
         got = found.get(key) if type(found) is dict else None
         if got != tensor or len(found) != 2:
-            raise FormatError(f"[{name}] {CONFIG} asks for {key} {tensor}, the header says {str(got)[:120]}; {_AGAIN}")
+            raise FormatError(f"[{name}] {CONFIG} asks for {key} {tensor}, the header says {shown(got, 120)}; {_AGAIN}")
     if (8 + length) % alignment or size != 8 + length + layer.data_bytes:
         raise FormatError(
             f"[{name}] should have {8 + length + layer.data_bytes} bytes and data at a multiple of {alignment}, "

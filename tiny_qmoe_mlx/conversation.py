@@ -155,6 +155,8 @@ class Conversation:
         """Tokens of messages, and of the beginning of an answer."""
         how = {**self._template, "tokenize": False, "add_generation_prompt": True}
         ids = list(self._tokenizer.encode(render(self._tokenizer, messages, **how), add_special_tokens=False))
+        if not ids:
+            raise ValueError("[prompt] should have at least one token, the model's chat template makes none of it.")
         if len(ids) >= self.context:
             raise ContextFull(
                 f"[chat] the context of {self.context} tokens is full: with this message the conversation has "

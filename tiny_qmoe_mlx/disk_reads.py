@@ -6,7 +6,6 @@ gives fewer numbers without a word.
 
 import contextlib
 import errno
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from tiny_qmoe_mlx import safetensors_header
 from tiny_qmoe_mlx.errors import FormatError
 
-MAX_HEADER = 100_000_000  # bytes, safetensors' own bound
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
-BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
 NUMPY = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 
 
@@ -95,38 +92,13 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FormatError: the header is damaged, or does not fit the file.
         OSError: it cannot be read; with its name.
     """
-    with named(path), open(path, "rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise FormatError(f"[{path}] its header is damaged: it should have 2 to {size - 8} bytes, says {length}.")
-        raw = file.read(length)
-    try:
-        found = json.loads(raw)
-        words = dict(found.pop("__metadata__", {}))
-        tensors = {name: _tensor(entry, 8 + length) for name, entry in found.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"[{path}] its header is damaged: {type(error).__name__} {error}.") from error
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, _bytes(t))):
-        if tensor.offset != end:
-            raise FormatError(f"[{path}] its header is damaged: a tensor should begin at {end}, not {tensor.offset}.")
-        end += _bytes(tensor)
-    if end != size:
-        raise FormatError(f"[{path}] its header is damaged: its tensors end at {end}, the file at {size}.")
+    with named(path):
+        header, data = safetensors_header.read(path, str(path))
+        base = path.stat().st_size - data
+    safetensors_header.check_tensors(header, data, str(path))
+    words = header.pop("__metadata__", {})
+    tensors = {n: Tensor(e["dtype"], tuple(e["shape"]), base + e["data_offsets"][0]) for n, e in header.items()}
     return tensors, words
-
-
-def _tensor(entry: dict[str, Any], base: int) -> Tensor:
-    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    found = Tensor(entry["dtype"], shape, base + start)
-    if not all(type(n) is int and n >= 0 for n in (*shape, start)) or _bytes(found) != stop - start:
-        raise ValueError(f"{entry} contradicts itself")
-    return found
-
-
-def _bytes(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * BITS[tensor.dtype] // 8
 
 
 def read_tensor(path: Path, tensor: Tensor) -> np.ndarray:

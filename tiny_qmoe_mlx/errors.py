@@ -7,3 +7,10 @@ class FormatError(ValueError):
 
 class BudgetError(ValueError):
     """A memory budget that cannot be met, or cannot be read."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value for a sentence: on one line, cut where it is long."""
+    text = str(value) if isinstance(value, str | Exception) else repr(value)
+    text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx.errors import shown
 
 if TYPE_CHECKING:
     from tiny_qmoe_mlx.models import Streaming
@@ -244,12 +245,12 @@ def _fill_defaults(args: argparse.Namespace) -> None:
 def _template_config(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"[options] --chat-template-config should be JSON and is not: {error}.") from error
     if not isinstance(value, dict) or set(value).intersection(TEMPLATE_OWN):
         raise ValueError(
             f"[options] --chat-template-config should be a JSON object without {', '.join(TEMPLATE_OWN)}, "
-            f"received {text}."
+            f"received {shown(text)}."
         )
     return value
 

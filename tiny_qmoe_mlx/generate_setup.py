@@ -239,7 +239,7 @@ def open_draft(
     if args.draft_model is None:
         return None, 0
     path = checkpoint.find_directory(args.draft_model, quiet=args.quiet or args.json)
-    config = checkpoint.read_config(path)
+    config = checkpoint.read_original(path)
     if "tiny_qmoe" in config:
         raise ValueError(f"[options] --draft-model should be a plain model of mlx-lm, {path} is a converted one.")
     sizes = checkpoint.open_tokenizer(path, config).vocab_size, vocabulary(config, 0)

@@ -43,6 +43,20 @@ def check_named(config: dict[str, Any], files: dict[str, Any]) -> None:
         )
 
 
+def refuse(config: dict[str, Any]) -> None:
+    """config.json of an original may name no file of code: versions of mlx-lm differ in whether they run it unasked.
+
+    Raises:
+        FormatError: it names one.
+    """
+    named = config.get("model_file")
+    if named is not None:
+        raise FormatError(
+            f"[{CONFIG}] model_file should be absent, received {str(named)[:80]!r}: code of the model's own is never "
+            "run here; use a checkpoint of a type that mlx-lm has itself."
+        )
+
+
 def check_text(directory: Path, name: str, entry: object = None) -> None:
     """A file of a converted directory, if it has this name, should have our text.
 

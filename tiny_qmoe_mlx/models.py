@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import footprint, ops, probes, qmoe_probe, rans_probe, whole
+from tiny_qmoe_mlx import footprint, ops, plain_files, probes, qmoe_probe, rans_probe, whole
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
@@ -301,6 +301,8 @@ def attach(
     progress: Progress = lambda what, done, total: None,
 ) -> None:
     """What comes after the weights: the layers get their pool, as full as the budget allows."""
+    # the weights have come from files that were checked before
+    plain_files.require_unchanged(container.directory, container.states)
     layers = record_layers(model)
     model.tiny_qmoe = Runtime(container, budget, layers, streaming)
     _load_resident(model.tiny_qmoe, progress)
@@ -347,7 +349,9 @@ def open_tokenizer(directory: Path) -> TokenizerWrapper:
     for name, entry in container.files.items():
         if not name.endswith((".safetensors", *LOOSE)):  # those of weights are left to `load`
             check_hash(directory, name, entry)
-    return checkpoint.open_tokenizer(directory, container.config)
+    tokenizer = checkpoint.open_tokenizer(directory, container.config)
+    plain_files.require_unchanged(directory, container.states)
+    return tokenizer
 
 
 def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:

@@ -64,6 +64,8 @@ def replaced_file(path: Path, temporary: Path) -> Iterator[Path]:
     Raises:
         OSError: as the system says; a full disk with a sentence that names the file.
     """
+    if temporary.is_symlink():  # never ours, and whoever writes would follow it
+        temporary.unlink()
     try:
         yield temporary
         with open(temporary, "rb") as file:

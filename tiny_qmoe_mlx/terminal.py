@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NoReturn
 
+from tiny_qmoe_mlx.errors import shown
+
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 MANY = 1_000_000  # what a bar counts beyond are bytes: no model has so many experts or layers
 
@@ -21,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong with the arguments, and leave with status 2."""
-        self.exit(USAGE, f"error: {message}; --help lists all options\n")
+        self.exit(USAGE, f"error: {shown(message, 500)}; --help lists all options\n")
 
 
 def parser(command: str, description: str, examples: str = "") -> Parser:

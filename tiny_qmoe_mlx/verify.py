@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tiny_qmoe_mlx import locate, model_file, native_rans, terminal
+from tiny_qmoe_mlx import locate, model_file, native_rans, safetensors_header, terminal
 from tiny_qmoe_mlx.codecs import affine, packed, qmoe, trellis, tuples
 from tiny_qmoe_mlx.container import (
     CHECKSUM_BYTES,
@@ -72,8 +72,15 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
         elif name.endswith(LOOSE) and not (directory / name).exists():
             advance(entry["bytes"])
         elif "header_bytes" not in entry:  # an experts file that no readable config describes cannot be checked
-            yield from _caught(name, check_size, check_hash, model_file.check_text, args=(directory, name, entry))
+            checks = check_size, check_hash, model_file.check_text, _check_weights
+            yield from _caught(name, *checks, args=(directory, name, entry))
             advance(entry["bytes"])
+
+
+def _check_weights(directory: Path, name: str, entry: object) -> None:
+    """The header of a file of other weights."""
+    if name.endswith(".safetensors"):
+        safetensors_header.check(directory / name)
 
 
 def _caught(name: str, *checks: Callable[..., None], args: tuple[Any, ...]) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from tiny_qmoe_mlx import plain_files
 from tiny_qmoe_mlx.disk_reads import read_header, read_tensor
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.staging import (
     PLAN,
     STATE,
@@ -37,6 +39,7 @@ class CannotGoOn(FormatError):
     """An unfinished directory that this run may not touch."""
 
 
+MOST_PLAN = 1 << 26  # bytes
 BEGIN_ANEW = "or remove that directory to begin anew"
 
 
@@ -103,6 +106,7 @@ def _refuse_strangers(directory: Path) -> None:
         raise FileExistsError(errno.EEXIST, sentence)
     for path in [entry for entry in directory.iterdir() if _is_half_written(entry.name)]:
         path.unlink()
+    plain_files.check_directory(directory)
 
 
 def _is_half_written(name: str) -> bool:
@@ -127,10 +131,10 @@ def agree(directory: Path, asked: dict[str, Any], make: Callable[[], dict[str, A
         write_json(path, plan)
         return plan["made"]
     try:
-        plan = json.loads(path.read_bytes())
+        plan = json.loads(plain_files.read(path, MOST_PLAN))
         groups = {group: dict(plan[group]) for group in asked}
         made = dict(plan["made"])
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     for group, values in asked.items():
         for name in sorted({*values, *groups[group]}):
@@ -144,7 +148,7 @@ def agree(directory: Path, asked: dict[str, Any], make: Callable[[], dict[str, A
 
 
 def _words(group: str, name: str, value: Any) -> str:
-    name = name.replace("_", " ")
+    name, value = shown(name.replace("_", " ")), shown(value)
     return f"{name} {value}" if group == "settings" else f"a {group} whose {name} is {value}"
 
 
@@ -158,8 +162,11 @@ def kept_tokens(directory: Path, make: Callable[[], np.ndarray | None]) -> np.nd
     path = directory / TOKENS
     if path.exists():
         try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            # mapped first: a header that says more than the file has is refused before any memory is asked for
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of a header that Python 2 wrote, and we never do
+                return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        except Exception as error:  # numpy reads the header as Python's tokenizer does, which fails in ways of its own
             raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     tokens = make()
     if tokens is not None:
@@ -194,7 +201,9 @@ def load_state(directory: Path) -> tuple[int, list[dict], dict[str, np.ndarray]]
         arrays = {name: read_tensor(path, tensor) for name, tensor in tensors.items() if name != "nothing"}
         missing = [n for n, size in json.loads(words["files"]).items() if _file_sizes(directory).get(n) != size]
         state = int(words["layer"]), json.loads(words["facts"]), arrays
-    except (ValueError, LookupError, TypeError) as error:
+        if type(state[1]) is not list or not all(type(fact) is dict for fact in state[1]):
+            raise ValueError("facts should be objects")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     if missing:
         raise CannotGoOn(

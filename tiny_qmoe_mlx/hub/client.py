@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tiny_qmoe_mlx import plain_files
 from tiny_qmoe_mlx.errors import FormatError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -49,15 +50,17 @@ def locate(model: str, revision: str | None = None, quiet: bool = False) -> Loca
         quiet: no progress bars; without a terminal there are none anyway.
 
     Raises:
-        FormatError: neither a directory nor a repository that can be had.
+        FormatError: neither a directory nor a repository that can be had, or one that holds other things than files.
         ValueError: a revision of a directory.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         require_no_revision(model, revision)
+        plain_files.check_directory(path)
         return Located(path)
     require_id(model)
     directory = download(model, revision, [*WORDS, WEIGHTS], quiet)
+    plain_files.check_directory(directory)
     return Located(directory, model, commit_of(directory))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import container
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.hub import client as hub
 
 CONNECTIONS = 8  # two small requests a file, of about a hundred files: the time is the line's latency
@@ -65,11 +65,12 @@ def check_listed(model: str, files: dict[str, dict[str, Any]], listed: dict[str,
     for name, entry in files.items():
         found, expected = listed.get(name), entry["bytes"]
         if found != expected and not name.endswith(container.LOOSE):
-            has = "the hub does not have it" if found is None else f"has {found} on the hub"
+            has = "the hub does not have it" if found is None else f"has {shown(found)} on the hub"
             raise FormatError(f"[{model}] {name} should have {expected} bytes, {has}; upload the model again.")
     for name in sorted(n for n in listed if Path(n).match(hub.WEIGHTS) and n not in files):
         raise FormatError(
-            f"[{model}] {name} on the hub does not belong to this model, and would be loaded with it; remove it there."
+            f"[{model}] {shown(name)} on the hub does not belong to this model, and would be loaded with it; remove it "
+            "there."
         )
 
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx import safetensors_header
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.staging import atomic_file, check_space, disk_full, write_json
 
@@ -129,13 +129,16 @@ class SourceShards:
             begun = (notes["model"], notes["revision"])
             shards = {name: Shard(**facts) for name, facts in notes["shards"].items()}
             whole = set(notes["whole"])
+            if not all(map(_is_shard, shards)):
+                raise ValueError("a shard's name")
             sizes = {name: (self.directory / name).stat().st_size for name in shards}
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise FormatError(f"[{file}] is damaged; remove {self.directory} and begin anew.") from error
         if begun != (self.hub_id, self.revision):
             raise FormatError(
-                f"[{self.directory}] was begun with {begun[0]} at revision {begun[1]}, received {self.hub_id} at "
-                f"{self.revision}; ask for the same revision to go on, or remove that directory to begin anew."
+                f"[{self.directory}] was begun with {shown(begun[0])} at revision {shown(begun[1])}, received "
+                f"{self.hub_id} at {self.revision}; ask for the same revision to go on, or remove that "
+                "directory to begin anew."
             )
         if any(sizes[name] != shards[name].size for name in shards) or not whole <= set(shards):
             raise FormatError(f"[{self.directory}] holds files of other sizes than it should; remove it, begin anew.")
@@ -164,7 +167,7 @@ class SourceShards:
 
         with hub.refusals(self.hub_id, self.revision):
             tree = hub.patiently(lambda: list(HfApi().list_repo_tree(self.hub_id, revision=self.revision)))
-        files = [f for f in tree if isinstance(f, RepoFile) and Path(f.path).match(hub.WEIGHTS)]
+        files = [f for f in tree if isinstance(f, RepoFile) and _is_shard(f.path)]
         return sorted((f.path, f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in files)
 
     def _header(self, name: str, size: int) -> bytes:
@@ -227,6 +230,11 @@ class SourceShards:
         write_json(self.directory / SHARDS, notes)
 
 
+def _is_shard(name: str) -> bool:
+    """Whether a name is a shard's in the checkpoint's own folder: what is written must not go anywhere else."""
+    return bool(re.fullmatch(r"model[^/\\\0]*\.safetensors", name))
+
+
 def _layer(name: str) -> int | None:
     found = IN_LAYER.search(name)
     return int(found[1]) if found else None
@@ -235,11 +243,8 @@ def _layer(name: str) -> int | None:
 def _tensors(file: Path) -> list[str]:
     with open(file, "rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
-        try:
-            header: Any = json.loads(handle.read(length))
-            return [name for name in header if name != "__metadata__"]
-        except (ValueError, TypeError) as error:
-            raise FormatError(f"[{file}] should be a safetensors file, its header is damaged.") from error
+        raw = handle.read(min(length, MOST_HEADER))
+    return [name for name in safetensors_header.parse(raw, str(file)) if name != "__metadata__"]
 
 
 def _is_whole(file: Path, shard: Shard) -> bool:

@@ -6,7 +6,6 @@ here but the experts that are asked for, a few at a time (source.py).
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tiny_qmoe_mlx import config_file, model_file, plain_files, safetensors_header
 from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
@@ -62,12 +62,24 @@ def read_config(directory: Path) -> dict:
     file = directory / "config.json"
     if not file.is_file():
         raise FormatError(f"[model] {directory} should hold config.json and does not; it is not a model directory.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"[model] {file} should be JSON: {error}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = config_file.read(file, str(file))
+    if not isinstance(config.get("model_type"), str):
         raise FormatError(f"[model] {file} should be an object with a model_type.")
+    return config
+
+
+def read_original(directory: Path) -> dict:
+    """config.json of a checkpoint that mlx-lm is about to load, after all that it would trip over was looked at.
+
+    Raises:
+        FormatError: as `read_config`; or code of its own, a link that leaves the directory, a damaged header.
+    """
+    plain_files.check_directory(directory)
+    config = read_config(directory)
+    if "tiny_qmoe" not in config:
+        model_file.refuse(config)
+    for file in sorted(directory.glob("model*.safetensors")):
+        safetensors_header.check(file, str(file))
     return config
 
 
@@ -75,11 +87,12 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
     """The unconverted model with lazy weights, and its config.
 
     Raises:
-        FormatError: mlx-lm does not know the type, or tensors are missing or misshapen.
+        FormatError: mlx-lm does not know the type, or tensors are missing or misshapen; the checkpoint would run code
+            of its own, or has a file that is none.
     """
     from mlx_lm.utils import load_model
 
-    config = read_config(directory)
+    config = read_original(directory)
     if "tiny_qmoe" in config:
         raise FormatError(f"[model] {directory} is converted already; give the original checkpoint.")
     known: dict[str, Any] = {}
@@ -141,7 +154,8 @@ def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
     from mlx_lm.utils import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+        # left open, transformers would ask on the terminal, or whatever stands on stdin, whether to run their code
+        tokenizer = load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
         works = bool(
             tokenizer.encode("a", add_special_tokens=False)
         )  # transformers makes an empty one where there are no files

@@ -17,6 +17,7 @@ from tiny_qmoe_mlx.spec import LOSSLESS, bits_per_weight
 BEGIN, END = "<!-- tiny-qmoe-mlx: begin -->", "<!-- tiny-qmoe-mlx: end -->"
 CARD = "README.md"
 MAC_GIB = (8, 16, 24, 32, 48, 64, 96, 128)
+MOST_CARD = 1 << 24  # bytes of an original's card that are read
 KEPT = ("license", "license_name", "license_link", "language")  # of the original's front matter
 HUB_PATH = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -92,7 +93,7 @@ def _metadata(card: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     try:
-        found = metadata_load(card) if card.is_file() else None
+        found = metadata_load(card) if card.is_file() and card.stat().st_size <= MOST_CARD else None
     except Exception:  # a card is anybody's text; one that is no YAML has nothing to say
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, NoReturn
 
+from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.serving.refusal import Refused
 
 UNHEEDED = {"n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("auto", "none")}
@@ -39,7 +40,7 @@ def parse(data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        text = "it is nested too deeply" if isinstance(error, RecursionError) else shown(error, 200)
         raise Refused(400, f"the request should be JSON and is not: {text}.") from error
     if not isinstance(body, dict):
         raise Refused(400, f"the request should be a JSON object, received {_show(body)}.")
@@ -77,7 +78,9 @@ def check(body: dict[str, Any], vocabulary: int) -> None:
     for name, value in body.items():
         if _is_number(value) and abs(value) >= (SEEDS if name == "seed" else COUNTS):
             _refuse(name, f"less than {SEEDS if name == 'seed' else COUNTS}", value)
-    if body.get("top_k", 0) in range(vocabulary, COUNTS):
+    if (
+        isinstance(body.get("top_k"), int) and body["top_k"] >= vocabulary
+    ):  # a float in a range is looked for one by one
         _refuse("top_k", f"less than the model's {vocabulary} tokens", body["top_k"])
     _check_bias(body.get("logit_bias", {}), vocabulary)
     _check_stop(body.get("stop", []))
@@ -191,7 +194,7 @@ def _is_text(value: str) -> bool:
 
 
 def _refuse(name: str, should: str, received: Any) -> NoReturn:
-    raise Refused(400, f"{name} should be {should}, received {_show(received)}.", "invalid_value")
+    raise Refused(400, f"{shown(name)} should be {should}, received {_show(received)}.", "invalid_value")
 
 
 def _show(value: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import generate_options, terminal
+from tiny_qmoe_mlx.errors import shown
 
 DESCRIPTION = (
     "serve a converted model under one memory budget: OpenAI's API at /v1, a page at /, figures at /metrics; several "
@@ -148,11 +149,13 @@ def template_args(text: str | None) -> dict[str, Any]:
     """The value of --chat-template-args."""
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"[server] --chat-template-args should be JSON and is not: {error}.") from error
     if not isinstance(value, dict) or set(value).intersection(generate_options.TEMPLATE_OWN):
         own = ", ".join(generate_options.TEMPLATE_OWN)
-        raise ValueError(f"[server] --chat-template-args should be a JSON object without {own}, received {text}.")
+        raise ValueError(
+            f"[server] --chat-template-args should be a JSON object without {own}, received {shown(text)}."
+        )
     return value
 
 

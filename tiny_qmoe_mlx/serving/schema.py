@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 
 COMPACT: Any = {"whitespace_flexible": False}  # a small model may write white space for ever
@@ -82,7 +83,7 @@ def schema_of(format: Any) -> dict[str, Any] | None:
         raise Refused(
             400,
             'response_format should be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", '
-            f'"json_schema": {{"name": ..., "schema": {{...}}}}}}, received {str(format)[:200]}.',
+            f'"json_schema": {{"name": ..., "schema": {{...}}}}}}, received {shown(format, 200)}.',
         )
     return schema
 

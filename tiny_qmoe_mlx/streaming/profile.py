@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tiny_qmoe_mlx import plain_files
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.staging import atomic_file
 
 VERSION = 1
@@ -94,7 +95,7 @@ def _read(path: Path, container: Container) -> tuple[list[np.ndarray], int]:
     found = _parse(path)
     mine, other = identity(container), found.get("model")
     if other != mine:
-        name = str(other.get("model") if isinstance(other, dict) else other)[:80]
+        name = shown(other.get("model") if isinstance(other, dict) else other)
         raise FormatError(
             f"[{path}] should be a profile of {mine['model']}, it is one of another model ({name}); {_AGAIN}."
         )
@@ -113,9 +114,10 @@ def _parse(path: Path) -> dict[str, Any]:
         if path.exists():
             raise FormatError(f"[{path}] should be a file with a usage profile, it is no plain file; {_AGAIN}.")
         raise FileNotFoundError(errno.ENOENT, "there is no such profile; a run with --profile writes one", str(path))
-    _require(path, path.stat().st_size <= MAX_FILE, f"should be at most {MAX_FILE} bytes", path.stat().st_size)
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(plain_files.read(path, MAX_FILE))
+    except FormatError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"[{path}] should be a usage profile and is no JSON: {str(error)[:100]}; {_AGAIN}."
@@ -132,4 +134,4 @@ def _is_count(value: Any) -> bool:
 
 def _require(path: Path, fine: bool, should: str, received: Any) -> None:
     if not fine:
-        raise FormatError(f"[{path}] {should}, received {str(received)[:80]}; {_AGAIN}.")
+        raise FormatError(f"[{path}] {should}, received {shown(received)}; {_AGAIN}.")

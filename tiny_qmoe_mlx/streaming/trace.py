@@ -157,6 +157,8 @@ def read_trace(path: str | Path) -> Trace:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such trace; a run with --trace writes one", str(path))
+    if not path.is_file():
+        raise FormatError(f"[{path}] should be the file of a routing trace, it is none; {_AGAIN}.")
     with open(path, "rb") as file:
         first = _header(path, file.readline(MAX_HEADER + 1))
         calls = _Calls(path, first["experts"])

@@ -1,0 +1,562 @@
+"""Every reader of a file, or of a text, that a stranger may have made: seeds for each, and how it is called.
+
+A reader gets bytes. It may return anything, or raise the package's own error with a sentence; the fuzzer judges.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import records
+import xxhash
+from safetensors.numpy import save, save_file
+
+from abuse import mutate
+from tiny_qmoe_mlx import (
+    chat,
+    config_file,
+    container,
+    footprint,
+    generate_options,
+    model_file,
+    plain_files,
+    safetensors_header,
+    spec,
+)
+from tiny_qmoe_mlx.budget import parse_memory
+from tiny_qmoe_mlx.codecs import affine, qmoe, trellis, tuples
+from tiny_qmoe_mlx.conversion import text, unfinished
+from tiny_qmoe_mlx.hub import headers, shards
+from tiny_qmoe_mlx.original import checkpoint, shipped
+from tiny_qmoe_mlx.report import card, write
+from tiny_qmoe_mlx.serving import checks, options, schema
+from tiny_qmoe_mlx.streaming import profile, trace
+
+HERE = Path(__file__).parents[1]
+SELF = b'"self_xxh3_128": "'
+EXPERTS = "model-experts-00001.safetensors"
+
+
+@dataclass(frozen=True)
+class Target:
+    """seeds: inputs that a fuzzer begins with; read: takes one; change: mutations that keep what the reader expects."""
+
+    seeds: list[bytes]
+    read: Callable[[bytes], Any]
+    change: tuple[mutate.Mutation, ...] = (mutate.jsons, mutate.jsons, mutate.byte)
+
+
+# ---- a converted model
+
+
+def sealed(raw: bytes) -> bytes:
+    """A manifest with the hash that it should say, where it says one at all."""
+    at = raw.rfind(SELF)
+    if at < 0:
+        return raw
+    start = at + len(SELF)
+    empty = raw[:start] + b"0" * 32 + raw[start + 32 :]
+    return empty[:start] + xxhash.xxh3_128_hexdigest(empty).encode() + empty[start + 32 :]
+
+
+def manifest(root: Path) -> Target:
+    model = root / "model"
+    seed = (model / container.MANIFEST).read_bytes()
+
+    def read(data: bytes) -> None:
+        (model / container.MANIFEST).write_bytes(data if data[:1] == b" " else sealed(data))
+        container.open_model(model)
+
+    return Target([seed, b" " + seed], read)
+
+
+def config(root: Path) -> Target:
+    """config.json of a converted model, with a manifest that agrees with it."""
+    model = root / "model"
+    names, own = json.loads((model / container.MANIFEST).read_bytes()), (model / "config.json").read_bytes()
+
+    def read(data: bytes) -> None:
+        (model / "config.json").write_bytes(data)
+        names["files"]["config.json"] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+        (model / container.MANIFEST).write_bytes(sealed(json.dumps({**names, "self_xxh3_128": "0" * 32}).encode()))
+        opened = container.open_model(model)
+        footprint.kv_bytes(opened.config, 512, True)
+        footprint.longest_context(opened.config)
+        footprint.picks(opened)
+
+    return Target([own, *[json.dumps({"model_type": "x", "tiny_qmoe": s}).encode() for s in specs()]], read)
+
+
+def specs() -> Iterator[dict]:
+    """`tiny_qmoe` objects of every codec."""
+    layer = json.loads(json.dumps(spec.LayerSpec(
+        "model.layers.0.mlp", 0, spec.expert_file_name(0), 2, 4096, (("fc1", 64, 32), ("fc2", 32, 64)), False
+    ).to_dict()))  # fmt: skip
+    words = {
+        "format_version": 1, "codec": "trellis", "bits": 2.5, "alignment": 128, "length": 12, "seed": 7,
+        "layers": [layer], "source": {"model": "org/name", "revision": None},
+        "calibration": {"source": "text.txt", "tokens": 5},
+    }  # fmt: skip
+    yield words
+    plain = {**words, "length": 0, "seed": 0}
+    yield {
+        **plain,
+        "codec": "qmoe",
+        "layers": [{**layer, "coding": {"grid": "ternary", "code": "tunstall", "bits": 8}}],
+    }
+    pack = {"mode": "affine", "bits": 4, "group_size": 32, "scales": "float16", "bias": None}
+    yield {**plain, "codec": "affine", "layers": [{**layer, "packing": [pack, pack]}]}
+    yield {**plain, "codec": "lossless", "layers": [{**layer, "packing": [pack, pack], "slot_bytes": 4096}]}
+
+
+def experts_header(root: Path) -> Target:
+    opened = container.open_model(root / "model")
+    layer, file = opened.spec.layers[1], root / "model" / EXPERTS
+    data = file.read_bytes()
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        container.read_experts_header(root / "model", layer, opened.spec.alignment)
+
+    return Target([data], read, (mutate.safetensors,))
+
+
+def model_py(root: Path) -> Target:
+    def read(data: bytes) -> None:
+        (root / model_file.NAME).write_bytes(data)
+        model_file.check(root, {"model_file": model_file.NAME}, {model_file.NAME: {}})
+
+    return Target([model_file.TEXT], read, (mutate.byte,))
+
+
+def tuple_table(root: Path) -> Target:
+    file = root / tuples.FILE
+    seed = save({tuples.TENSOR: np.arange(64, dtype=np.uint8).reshape(16, 4)})
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        safetensors_header.check(file)
+        tuples.read_table(root)
+
+    return Target([seed, save({tuples.TENSOR: np.zeros((3, 4), np.float16)})], read, (mutate.safetensors,))
+
+
+def record_of(codec: str) -> Callable[[Path], Target]:
+    """Records in numpy's decoders."""
+
+    def make(root: Path) -> Target:
+        import qmoe_records
+
+        rng = np.random.default_rng(0)
+        shapes = [(32, 64), (32, 64), (64, 32)]
+        if codec == "trellis":
+            record = records.random_record(rng, shapes, True, 12)
+            seeds = [trellis.pack(record, records.record_size(record)).tobytes()]
+            return Target(seeds, lambda data: trellis.parse(whole(data), shapes, True, "record", 12), RECORD)
+        if codec == "qmoe":
+            codings = qmoe_records.CODINGS[:2]
+            small = [(8, 20), (8, 20), (20, 8)]
+            seeds = [bytes([i]) + bytes(qmoe_records.random_record(rng, c, small)) for i, c in enumerate(codings)]
+            return Target(
+                seeds,
+                lambda data: qmoe.parse(whole(data[1:]), small, False, codings[data[:1] == b"\1"], "record"),
+                (mutate.byte, lambda data, pick: data[:1] + signed(data[1:], pick)),
+            )
+        packing = tuple(affine.Packing("affine", 4, 32, "float16") for _ in shapes)
+        places, size = affine.layout(tuple(shapes), packing)
+        arrays = [{part.name: np.ones(part.shape, affine.storage(part.dtype)) for part in parts} for parts in places]
+        seeds = [affine.pack(arrays, shapes, packing, size).tobytes()]
+        return Target(seeds, lambda data: affine.parse(whole(data), shapes, packing, "record"), RECORD)
+
+    return make
+
+
+def signed(data: bytes, pick: random.Random) -> bytes:
+    """A record whose first bytes are changed, and have their hash again."""
+    head = mutate.byte(data[:56], pick)[:56].ljust(56, b"\0")
+    return head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + data[64:]
+
+
+RECORD: tuple[mutate.Mutation, ...] = (mutate.byte, signed)
+
+
+def whole(data: bytes) -> np.ndarray:
+    """Bytes as a record; a container's are never shorter than the header that all codecs have."""
+    return np.frombuffer(data.ljust(128, b"\0"), np.uint8)
+
+
+# ---- originals and the hub
+
+
+def original(root: Path) -> Target:
+    """config.json of a checkpoint."""
+    file = root / "config.json"
+    known = json.loads((HERE / "public_models.json").read_text())
+    seeds = [json.dumps(c).encode() for c in configs(known)][:80]
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        found = checkpoint.read_config(root)
+        shipped.describe_source(found)
+        for ask in (footprint.longest_context, footprint.top_k, lambda c: footprint.kv_bytes(c, 512, True)):
+            ask(found)
+
+    return Target(seeds, read)
+
+
+def configs(value: Any) -> Iterator[dict]:
+    """Objects with a model_type, wherever they stand."""
+    if isinstance(value, dict) and isinstance(value.get("model_type"), str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from configs(part)
+
+
+def weights(root: Path) -> Target:
+    """Headers of an original's safetensors, by our reader and, where that lets them pass, the hub's shards."""
+    file = root / "model-00001.safetensors"
+    arrays = {"model.norm.weight": np.ones(8, np.float32), "a.b": np.zeros((2, 3), np.float16)}
+    seeds = [save(arrays), save(arrays, {"format": "pt"}), save({"x": np.zeros((0, 4), np.int8)})]
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        safetensors_header.check(file)
+        shards._tensors(file)
+
+    return Target(seeds, read, (mutate.safetensors,))
+
+
+def hub_header(root: Path) -> Target:
+    """A header that comes from the hub in ranges."""
+    seeds = [save({"model.norm.weight": np.ones(8, np.float32)})]
+
+    def read(data: bytes) -> None:
+        def ranged(model: str, name: str, commit: str, start: int, stop: int, size: int) -> bytes:
+            return data[start:stop]
+
+        with mock.patch.object(headers, "_range", ranged):
+            found = headers.read_header("org/name", "model.safetensors", "main", len(data))
+        safetensors_header.parse(found[8:], "model.safetensors")
+
+    return Target(seeds, read, (mutate.safetensors,))
+
+
+def hub_listing(root: Path) -> Target:
+    """What the hub lists, beside a manifest."""
+    files = json.loads((root / "model" / container.MANIFEST).read_bytes())["files"]
+    seed = json.dumps({name: entry["bytes"] for name, entry in files.items()}).encode()
+
+    def read(data: bytes) -> None:
+        listed = json.loads(data)
+        if isinstance(listed, dict):
+            headers.check_listed("org/name", files, listed)
+
+    return Target([seed], lambda data: read(data) if is_json(data) else None, (mutate.jsons,))
+
+
+def is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def shard_notes(root: Path) -> Target:
+    place = root / "shards"
+    place.mkdir()
+    save_file({"a": np.zeros(4, np.float32)}, place / "model-1.safetensors")
+    size = (place / "model-1.safetensors").stat().st_size
+    facts = {"size": size, "header": size - 16, "sha256": None, "git": "00"}
+    notes = {"model": "org/name", "revision": "main", "shards": {"model-1.safetensors": facts}, "whole": []}
+
+    def read(data: bytes) -> None:
+        (place / shards.SHARDS).write_bytes(data)
+        reader = shards.SourceShards.__new__(shards.SourceShards)
+        reader.directory, reader.hub_id, reader.revision = place, "org/name", "main"
+        reader._read_notes()
+
+    return Target([json.dumps(notes).encode()], read)
+
+
+# ---- a run's own files
+
+
+def traces(root: Path) -> Target:
+    header = trace.header({"model": "a/b", "experts": [8, 4], "config": "00ff"}, [8, 4], [1024, 2048])
+    lines = [json.dumps(header), "0 0 p 1,2", "0 0 p 3,4", "0 1 d 0,3", "1 0 d 7,6", ""]
+    file = root / "trace"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        trace.read_trace(file)
+
+    return Target(["\n".join(lines).encode()], read, (mutate.lines, mutate.lines, mutate.byte))
+
+
+def profiles(root: Path) -> Target:
+    opened = container.open_model(root / "model")
+    file = root / "profile.json"
+    profile.save_profile(file, opened, [np.array([5, 0, 9], np.int64)] * 2, 12)
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        profile.load_profile(file, opened)
+
+    return Target([file.read_bytes()], read)
+
+
+def state(root: Path) -> Target:
+    place = root / "partial"
+    place.mkdir()
+    save_file({"a": np.zeros(4, np.float32)}, place / "model-rest.safetensors")
+    unfinished.save_state(place, 1, [{"layer": 0, "bits": 2.0}], {"x": np.zeros((2, 3), np.float32)})
+
+    def read(data: bytes) -> None:
+        (place / unfinished.STATE).write_bytes(data)
+        unfinished.load_state(place)
+
+    return Target([(place / unfinished.STATE).read_bytes()], read, (mutate.safetensors,))
+
+
+def plans(root: Path) -> Target:
+    asked = {"settings": {"bits": 2.0, "codec": "trellis"}, "source": {"model": "a/b", "revision": None}}
+    file = root / unfinished.PLAN
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        unfinished.agree(root, asked, dict)
+
+    return Target([json.dumps({**asked, "made": {"layers": []}}).encode()], read)
+
+
+def kept_tokens(root: Path) -> Target:
+    file = root / unfinished.TOKENS
+    np.save(file, np.arange(12, dtype=np.int32).reshape(3, 4))
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        unfinished.kept_tokens(root, lambda: None)
+
+    return Target([file.read_bytes()], read, (mutate.byte,))
+
+
+# ---- texts of a person's, or of anybody's
+
+
+def words() -> Any:
+    """A tokenizer of bytes whose chat template is a real one."""
+    import jinja2.sandbox
+
+    template = jinja2.sandbox.ImmutableSandboxedEnvironment().from_string(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+        "{% if tools %}{{ tools[0]['n'] }}{% endif %}"
+    )
+    return SimpleNamespace(
+        has_chat_template=True,
+        encode=lambda text, **how: list(text.encode()),
+        apply_chat_template=lambda messages, tools=None, tokenize=False: template.render(
+            messages=messages, tools=tools
+        ),
+    )
+
+
+def chats(root: Path) -> Target:
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "tools": [{"n": 1}],
+        },
+        {"prompt": "a", "completion": "b"},
+        {"text": "words and more words"},
+    ]
+    file, tokenizer = root / "chats.jsonl", words()
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        ids = text.chat_tokens(file, tokenizer)
+        text.token_batch(ids, 2, 8, "chats")
+
+    return Target(["\n".join(map(json.dumps, rows)).encode()], read, (mutate.lines, mutate.lines, mutate.byte))
+
+
+def plain_text(root: Path) -> Target:
+    file = root / "text.txt"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        text.token_batch(list(text.read_text(file).encode()), 2, 8, "text")
+
+    return Target(["Größe and 文字 and words".encode()], read, (mutate.byte,))
+
+
+def conversations(root: Path) -> Target:
+    file = root / "chat.json"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        chat.read_messages(file)
+
+    return Target([b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]}'], read)
+
+
+def cards(root: Path) -> Target:
+    """A model card and quality.json: read for a new card, never refused."""
+    opened = container.open_model(root / "model")
+
+    def read(data: bytes) -> None:
+        (root / card.CARD).write_bytes(data)
+        (root / write.QUALITY).write_bytes(data)
+        metadata = card.front_matter(root, opened.spec.source["model"])
+        card.merge(data.decode(errors="replace"), card.front_text(metadata), "x")
+        found = write.read_quality(root)
+        assert isinstance(found, dict)
+
+    seed = b"---\nlicense: mit\nlanguage: [en]\nbase_model: a/b\n---\n# Name\n" + f"{card.BEGIN}\n{card.END}\n".encode()
+    return Target(
+        [seed, b'{"kl": {"mean": 1.0}, "layers": [{"layer": 0, "kl": 0.1}]}'], read, (mutate.byte, mutate.jsons)
+    )
+
+
+# ---- requests and options
+
+
+REQUESTS = (
+    {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "temperature": 0.5},
+    {"prompt": "x", "stop": ["a", "b"], "logit_bias": {"5": -1}, "seed": 3, "top_k": 4, "n": 1, "stream": True},
+    {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "tool", "content": "b"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": "auto",
+        "chat_template_kwargs": {"enable_thinking": False}, "stream_options": {"include_usage": True},
+    },
+    {"prompt": "x",
+     "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+     "max_completion_tokens": 9},
+)  # fmt: skip
+
+
+def requests(root: Path) -> Target:
+    def read(data: bytes) -> None:
+        body = checks.parse(data)
+        checks.check(body, 258)
+        checks.check_prompt(body, "messages" in body)
+        checks.letters(body)
+        schema.schema_of(body.get("response_format"))
+
+    return Target([json.dumps(r).encode() for r in REQUESTS], read)
+
+
+def memory(root: Path) -> Target:
+    seeds = [b"6GB", b"60%", b"auto", b"512MiB", b"1234567", b"1.5 GB"]
+    return Target(seeds, lambda data: parse_memory(data.decode(errors="surrogateescape"), 1 << 34), (mutate.byte,))
+
+
+def template_options(root: Path) -> Target:
+    def read(data: bytes) -> None:
+        given = data.decode(errors="surrogateescape")
+        generate_options._template_config(given)
+        options.template_args(given)
+
+    return Target([b'{"enable_thinking": false}', b'{"x": [1, 2, {"y": null}]}'], read)
+
+
+def api_keys(root: Path) -> Target:
+    file = root / "key"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        options.api_key(str(file))
+
+    return Target([b"a-key-of-mine\n"], read, (mutate.byte,))
+
+
+def flags(root: Path) -> Target:
+    """A command line, one word a line."""
+
+    def read(data: bytes) -> None:
+        given = data.decode(errors="surrogateescape").replace("\0", "?").split("\n")
+        with quiet():
+            args = generate_options.parse(["--model", "x", *given])
+            generate_options.prompt_text(args)
+
+    seeds = [b"--prompt\nx\n--max-tokens\n5\n--temp\n0.5", b"--prompt\nx\n--memory\n6GB\n--context\n512\n--readers\n2"]
+    return Target(seeds, read, (mutate.lines, mutate.byte))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """argparse ends the process and prints: here it raises what the package would say."""
+
+    def say(self: argparse.ArgumentParser, status: int = 0, message: str | None = None) -> None:
+        raise ValueError(f"[options] {message or 'help'}")
+
+    with (
+        mock.patch.object(argparse.ArgumentParser, "exit", say),
+        mock.patch.object(argparse.ArgumentParser, "print_help", lambda self: None),
+    ):
+        yield
+
+
+def directories(root: Path) -> Target:
+    """Names in a model's directory."""
+    place = root / "names"
+    place.mkdir()
+
+    def read(data: bytes) -> None:
+        name = data.replace(b"\0", b"").replace(b"/", b"")[:200]
+        if name in (b"", b".", b".."):
+            return
+        path = Path(place, name.decode(errors="surrogateescape"))
+        path.write_bytes(b"x")
+        try:
+            plain_files.check_directory(place)
+        finally:
+            path.unlink()
+
+    return Target([b"config.json", b"model.safetensors", b"additional_chat_templates"], read, (mutate.byte,))
+
+
+def bounds(root: Path) -> Target:
+    """Numbers of a config, without a file."""
+    seeds = [json.dumps({"num_hidden_layers": 3, "a": {"num_experts": 8, "head_dim": [4, {"vocab_size": 9}]}}).encode()]
+
+    def read(data: bytes) -> None:
+        found = json.loads(data)
+        if isinstance(found, dict):
+            config_file.check(found)
+
+    return Target(seeds, lambda data: read(data) if is_json(data) else None, (mutate.jsons,))
+
+
+MAKERS: dict[str, Callable[[Path], Target]] = {
+    "manifest": manifest, "config": config, "experts_header": experts_header, "model_py": model_py,
+    "tuple_table": tuple_table, "record_trellis": record_of("trellis"), "record_qmoe": record_of("qmoe"),
+    "record_affine": record_of("affine"), "original": original, "weights": weights, "hub_header": hub_header,
+    "hub_listing": hub_listing, "shard_notes": shard_notes, "traces": traces, "profiles": profiles, "state": state,
+    "plans": plans, "kept_tokens": kept_tokens, "chats": chats, "plain_text": plain_text,
+    "conversations": conversations, "cards": cards, "requests": requests, "memory": memory,
+    "template_options": template_options, "api_keys": api_keys, "flags": flags, "directories": directories,
+    "bounds": bounds,
+}  # fmt: skip
+
+
+def make(name: str, root: Path) -> Target:
+    """A target with its files below `root`, a directory of its own."""
+    records.write_model(root / "model")
+    return MAKERS[name](root)
+
+
+def draw(target: Target, pick: random.Random, seeds: list[bytes]) -> bytes:
+    """One input: a seed after one mutation or a few."""
+    data = pick.choice(seeds)
+    for _ in range(pick.choice((1, 1, 1, 2, 5))):
+        data = pick.choice(target.change)(data, pick)
+    return data

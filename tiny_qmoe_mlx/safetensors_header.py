@@ -1,0 +1,128 @@
+"""The header of a safetensors file, read and checked before a library maps what it says.
+
+Format: u64 length (little endian), that many bytes of JSON, data. The rules are those of the format's own reader: every
+tensor has a known type, its bytes are its shape times its type's, and tensors follow one another without holes up to
+the file's end.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tiny_qmoe_mlx.errors import FormatError, shown
+
+MOST_HEADER = 100_000_000  # bytes, as the safetensors library allows
+MOST_TENSORS = 1 << 20
+MOST_SIDE = (1 << 31) - 1  # of a shape: MLX counts in int32
+MOST_DIMENSIONS = 16
+BITS = {  # of a type
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+AGAIN = "download or copy the file again"
+
+
+def check(file: Path, where: str | None = None) -> int:
+    """Refuse a file whose header a library should not see; the number of its tensors. Errors name `where`, or the file.
+
+    Raises:
+        FormatError: with the file's name, the tensor's and both numbers.
+        OSError: it cannot be read.
+    """
+    where = where or file.name
+    return check_tensors(*read(file, where), where)
+
+
+def read(file: Path, where: str) -> tuple[dict[str, Any], int]:
+    """The header as JSON has it, and the bytes of data after it.
+
+    Raises:
+        FormatError: it is longer than the file, or no JSON object.
+        OSError: it cannot be read.
+    """
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        length = int.from_bytes(opened.read(8), "little")
+        most = min(MOST_HEADER, size - 8)
+        if not 2 <= length <= most:
+            raise FormatError(
+                f"[{where}] its header is damaged: it should have 2 to {max(2, most)} bytes, it says {length}; {AGAIN}."
+            )
+        raw = opened.read(length)
+    return parse(raw, where), size - 8 - length
+
+
+def parse(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON of a header, in which no name stands twice.
+
+    Raises:
+        FormatError: it is none.
+    """
+    try:
+        found = json.loads(raw, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise FormatError(f"[{where}] its header should be JSON and is not: {reason}; {AGAIN}.") from None
+    if type(found) is not dict or len(found) > MOST_TENSORS:
+        raise FormatError(f"[{where}] its header should be an object of at most {MOST_TENSORS} tensors; {AGAIN}.")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def check_tensors(header: dict[str, Any], data: int, where: str) -> int:
+    """Every tensor of a header against the bytes of data that there are; how many tensors.
+
+    Raises:
+        FormatError: with the first that does not fit.
+    """
+    ends = []
+    for name, entry in header.items():
+        if name != "__metadata__":
+            ends.append((*_offsets(name, entry, where), name))
+        elif type(entry) is not dict or not all(type(value) is str for value in entry.values()):
+            raise FormatError(f"[{where}] __metadata__ of its header should be an object of texts; {AGAIN}.")
+    before = 0
+    for start, stop, name in sorted(ends):
+        if start != before:
+            raise FormatError(f"[{where}] {shown(name)} should begin at byte {before}, it says {start}; {AGAIN}.")
+        before = stop
+    if before != data:
+        raise FormatError(f"[{where}] its tensors should take the file's {data} bytes of data, take {before}; {AGAIN}.")
+    return len(ends)
+
+
+def _offsets(name: str, entry: Any, where: str) -> tuple[int, int]:
+    """Where a tensor begins and ends; its type, shape and size are checked."""
+    keys = ("dtype", "shape", "data_offsets")
+    if type(entry) is not dict or not all(key in entry for key in keys):
+        raise _wrong(where, name, f"should have {', '.join(keys)}", entry)
+    dtype, shape, offsets = (entry[key] for key in keys)
+    if type(dtype) is not str or dtype not in BITS:
+        raise _wrong(where, name, "should have a known dtype", dtype)
+    if type(shape) is not list or len(shape) > MOST_DIMENSIONS or not all(map(_is_side, shape)):
+        raise _wrong(where, name, f"should have at most {MOST_DIMENSIONS} sides of 0 to {MOST_SIDE}", shape)
+    if type(offsets) is not list or len(offsets) != 2 or not all(type(v) is int for v in offsets):
+        raise _wrong(where, name, "should have two data_offsets", offsets)
+    bits = BITS[dtype]
+    for side in shape:
+        bits *= side
+    if offsets[0] < 0 or 8 * (offsets[1] - offsets[0]) != bits:
+        raise _wrong(where, name, f"should have {-(-bits // 8)} bytes as its shape asks for", offsets)
+    return offsets[0], offsets[1]
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_SIDE
+
+
+def _wrong(where: str, name: str, rule: str, received: Any) -> FormatError:
+    return FormatError(f"[{where}] {shown(name)} {rule}, received {shown(received)}; {AGAIN}.")
