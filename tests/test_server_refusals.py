@@ -173,6 +173,16 @@ def test_what_follows_a_request_is_not_another(live):
     assert sum(after[k] - before.get(k, 0) for k in after if "http_responses" in k) == 2, "this one, and the figures"
 
 
+def test_half_a_head_is_no_request(live):
+    """The client has gone; what it sent so far might have been another request than it meant."""
+    before = live.metrics()
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorizat")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert live.metrics()["tiny_qmoe_clients_gone_total"] == before["tiny_qmoe_clients_gone_total"] + 1
+
+
 def test_old_http(live):
     assert live.raw(b"GET /health HTTP/1.0\r\n\r\n").endswith(b'{"status": "ok"}')
     assert live.raw(b"GET /health\r\n\r\n") == b'{"status": "ok"}'

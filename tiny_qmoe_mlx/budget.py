@@ -28,11 +28,12 @@ DEFAULT_CONTEXT = 2048
 class Budget:
     """How a budget is spent.
 
-    slots: per record size, the number of pool slots; least_pool_bytes: of the fewest that work; mode: "resident" where
-    every expert has one, else "streamed".
+    context: tokens that kv_bytes is for; slots: per record size, the number of pool slots; least_pool_bytes: of the
+    fewest that work; mode: "resident" where every expert has one, else "streamed".
     """
 
     budget_bytes: int
+    context: int
     runtime_bytes: int
     weight_bytes: int
     kv_bytes: int
@@ -119,7 +120,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
         )
     slots = counts if budget >= resident else _share(counts, least, budget - fixed)
     mode = "resident" if budget >= resident else "streamed"
-    return Budget(budget, runtime, weights, kv, scratch, slots, mode, smallest, resident, smallest - fixed)
+    return Budget(budget, context, runtime, weights, kv, scratch, slots, mode, smallest, resident, smallest - fixed)
 
 
 def _records(container: Container) -> dict[int, int]:

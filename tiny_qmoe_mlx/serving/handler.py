@@ -80,6 +80,8 @@ class Handler(mlx_server.APIHandler):
         """Answer, or say why not."""
         self.path = self.path.partition("?")[0]
         try:
+            if self._received.ended:  # the library takes the end of what came for the end of the head
+                raise ConnectionAbortedError("the client left in mid-request")
             wire.check_head(self.headers, self.request_version)
             self._unread = wire.body_length(self.headers, self.command == "POST")
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)

@@ -21,11 +21,11 @@ BODY_S = 60.0
 class Received(io.RawIOBase):
     """A connection's bytes, up to a time and a number: a client that sends one a minute is left too.
 
-    Reading raises TimeoutError past the time, LineTooLong past the number.
+    Reading raises TimeoutError past the time, LineTooLong past the number. ended: the client sends no more.
     """
 
     def __init__(self, connection: socket.socket):
-        self._connection = connection
+        self._connection, self.ended = connection, False
         self.allow(HEAD_S, HEAD_BYTES)
 
     def allow(self, seconds: float, size: int) -> None:
@@ -44,7 +44,7 @@ class Received(io.RawIOBase):
             size = self._connection.recv_into(into)
         finally:
             self._connection.settimeout(SILENCE_S)  # of what is written meanwhile
-        self._left -= size
+        self._left, self.ended = self._left - size, size == 0
         if self._left < 0:
             raise LineTooLong("the request")
         return size

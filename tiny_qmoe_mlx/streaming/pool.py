@@ -43,6 +43,11 @@ class Pool:
         self.free = list(range(slots - 1, -1, -1))
         self.withdrawn: list[int] = []
 
+    @property
+    def active(self) -> int:
+        """Slots that have memory now."""
+        return self.slots - len(self.withdrawn)
+
     def slot(self, index: int) -> np.ndarray:
         """The bytes of one slot, u8 (record_bytes,)."""
         return self.data[index * self.record_bytes : (index + 1) * self.record_bytes]

@@ -65,12 +65,20 @@ class Pressure:
         self._read, self._clock = read or level, clock
         self._calm_since = clock()
         self._last_shrink = float("-inf")
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
 
     def start(self) -> "Pressure":
-        self._thread.start()
+        """Begin to watch; a second call does nothing."""
+        if self._thread.ident is None:
+            self._thread.start()
         return self
+
+    def resize(self, pool_bytes: int, change: Callable[[], None]) -> None:
+        """The cache gets another size by `change`, to which it grows back from now on."""
+        with self._lock:
+            change()
+            self.pool_bytes, self.given_back = pool_bytes, 0
 
     def stop(self) -> None:
         """End the thread; returns when it has ended, and may be called twice."""
@@ -80,7 +88,11 @@ class Pressure:
 
     def step(self) -> None:
         """One look at the pressure, and what follows from it."""
-        found, now = self._read(), self._clock()
+        found = self._read()
+        with self._lock:
+            self._follow(found, self._clock())
+
+    def _follow(self, found: Level, now: float) -> None:
         if found in SHARES:
             self._calm_since = now
             if now - self._last_shrink >= PERIOD_S:
