@@ -23,6 +23,7 @@ class Cache:
     def grow(self, size):
         self.asked.append(size)
         self.size += size
+        return size
 
 
 class World:
@@ -38,13 +39,25 @@ class World:
         return self.cache.size
 
 
-def test_shrinks_by_level_at_most_once_a_second():
+def test_shrinks_by_level_a_warning_once_a_second():
     world = World()
     assert world.after(1, "normal") == 1000
     assert world.after(1, "warn") == 900
-    assert world.after(0.5, "critical") == 900
-    assert world.after(0.5, "critical") == 650
-    assert world.watch.given_back == 350 and world.watch.shrinks == 2
+    assert world.after(0.5, "warn") == 900
+    assert world.after(0.1, "critical") == 650
+    assert world.after(0.1, "critical") == 650
+    assert world.after(0.15, "critical") == 400
+    assert world.watch.given_back == 600 and world.watch.shrinks == 3
+
+
+def test_what_a_cache_takes_back_is_believed():
+    """Slots are whole: it takes less, or more, than it is offered, until all is back."""
+    world = World()
+    world.after(1, "critical")
+    world.cache.grow = lambda size: 30
+    for left in (220, 190, 160):
+        world.after(31, "normal")
+        assert world.watch.given_back == left
 
 
 def test_never_below_the_smallest_pool():

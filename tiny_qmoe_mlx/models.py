@@ -76,7 +76,7 @@ class Runtime:
         warm = _warmest(container, budget, streaming)
         judge = ahead.Judge(streaming.lookahead)
         self.store = ExpertStore(container, [layer._kind for layer in layers], streaming.checks)
-        self.cache = ExpertCache(self.store, budget.slots, streaming.readers)
+        self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
         self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
         # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
         self._end = weakref.finalize(self, _end, self._pressure, self.cache)

@@ -187,14 +187,14 @@ def attack(folder: Path, model: Path, clients: int, seconds: float, seed: int, s
     key.write_text(KEY)
     options = ("--queue", QUEUE, "--api-key-file", key, "--grace", GRACE_S, "--context", CONTEXT)
     with serving(model, *options, "--memory", least(model, CONTEXT)) as server:
-        server.key = KEY
+        server.key, files = KEY, held(server.child.pid).files
         draw = random.Random(seed)
         single = [once(load_clients.whole, server.port, question, draw) for question in asked]
         faults = [f"a single client: {reply.fault}" for reply in single if reply.fault]
         crowd(server.port, asked, clients, seconds / 10, seed + 1)  # after which buffers and caches have their size
-        before, process = quiet(server), held(server.child.pid)
+        before, process = quiet(server, files)
         groups = crowd(server.port, asked, clients, seconds, seed)
-        after, later = quiet(server), held(server.child.pid)
+        after, later = quiet(server, files)
         replies = [reply for group in groups for reply in group]
         faults += [f"{reply.kind}: {reply.fault}" for reply in replies if reply.fault]
         faults += miscounted(before, after, replies, 1)
@@ -208,16 +208,17 @@ def attack(folder: Path, model: Path, clients: int, seconds: float, seed: int, s
     return Outcome({**tallied(groups), **latencies(replies), **sizes(process, later, after), **stop}, faults)
 
 
-def quiet(server: Server) -> dict[str, float]:
-    """The figures once nothing is under way and no client's thread is left: one look."""
-    end = time.monotonic() + 120
-    while (threads := held(server.child.pid).threads) and time.monotonic() < end:
-        time.sleep(2.5)  # longer than any client stays silent
-        if held(server.child.pid).threads == threads:
+def quiet(server: Server, files: int) -> tuple[dict[str, float], Held]:
+    """The figures, and what it holds, once no client's connection or thread is left; `files` are open without any."""
+    end, found = time.monotonic() + 120, held(server.child.pid)
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        before, found = found, held(server.child.pid)
+        if found.files <= files and found.threads == before.threads:
             break
-    found = server.metrics()
-    assert found["tiny_qmoe_requests_active"] == found["tiny_qmoe_requests_waiting"] == 0, found
-    return found
+    metrics = server.metrics()
+    assert metrics["tiny_qmoe_requests_active"] == metrics["tiny_qmoe_requests_waiting"] == 0, metrics
+    return metrics, found
 
 
 def grown(before: Held, after: Held, metrics: dict[str, float]) -> list[str]:

@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -36,11 +37,18 @@ class ExpertCache:
         use: int64 (experts,) for each layer, how often an expert was demanded.
     """
 
-    def __init__(self, store: ExpertStore, slots: dict[int, int], readers: int = READERS):
-        """slots: number of slots per record size in bytes; readers: threads."""
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: dict[int, int],
+        readers: int = READERS,
+        least: Mapping[int, int] = MappingProxyType({}),
+    ):
+        """slots: number of slots per record size in bytes; readers: threads; least: of the slots, the fewest that work,
+        1 where it is not given."""
         layers = store.container.spec.layers
         self.store = store
-        self.pools = {size: Pool(size, count) for size, count in slots.items()}
+        self.pools = {size: Pool(size, count, least.get(size, 1)) for size, count in slots.items()}
         self.pool_of_layer = [self.pools[layer.slot] for layer in layers]
         self.hits = self.misses = self.stalls = self.lookahead_reads = self.lookahead_used = 0
         self.io_wait_s = 0.0
@@ -211,11 +219,11 @@ class ExpertCache:
         """
         with self._changed:
             for size, pool in self.pools.items():
-                pool.resident = pool.resident and pool.active == slots[size]
+                pool.resident, pool.most = pool.resident and pool.active == slots[size], slots[size]
                 while (extra := pool.active - slots[size]) > 0:
                     if not pool.withdraw(extra):
                         self._changed.wait()
-                pool.restore(slots[size] - pool.active)
+                pool.restore(pool.slots)
             self._changed.notify_all()
 
     def _resize(self, size: int, change: Callable[[Pool, int], int]) -> int:
@@ -223,7 +231,7 @@ class ExpertCache:
         total, done = sum(p.slots * p.record_bytes for p in pools), 0
         with self._changed:
             for pool in pools:
-                share = size * pool.slots // max(1, total)
+                share = -(-size * pool.slots // max(1, total))  # at least one: records may be larger than a step
                 done += change(pool, share) * pool.record_bytes
             self._changed.notify_all()
         return done
