@@ -6,6 +6,7 @@ kernel without either by MemAvailable. macOS tells by a sysctl; that path has no
 
 import ctypes
 import logging
+import math
 import sys
 import threading
 import time
@@ -52,6 +53,7 @@ class Pressure:
         least_bytes: int,
         read: Callable[[], Level] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        room: Callable[[], float] | None = None,
     ):
         """
         Args:
@@ -60,10 +62,11 @@ class Pressure:
             least_bytes: the smallest pool that works.
             read: the pressure now; `level` where it is not given.
             clock: seconds.
+            room: bytes that may be taken before there is pressure; `room_now` where it is not given.
         """
         self.cache, self.pool_bytes, self.least_bytes = cache, pool_bytes, least_bytes
         self.given_back, self.shrinks, self.grows = 0, 0, 0
-        self._read, self._clock = read or level, clock
+        self._read, self._clock, self._room = read or level, clock, room or room_now
         self._calm_since = clock()
         self._last_shrink = float("-inf")
         self._stop, self._lock = threading.Event(), threading.Lock()
@@ -110,7 +113,7 @@ class Pressure:
             self.shrinks += 1
 
     def _grow(self) -> None:
-        size = min(int(self.pool_bytes * GROWTH), self.given_back)
+        size = int(min(self.pool_bytes * GROWTH, self.given_back, self._room()))
         if size > 0:
             self.given_back -= self.cache.grow(size)
             self.grows += 1
@@ -127,6 +130,17 @@ class Pressure:
 def level() -> Level:
     """The memory pressure of this process's surroundings: "normal", "warn" or "critical"."""
     return worst([from_macos()] if sys.platform == "darwin" else linux_levels())
+
+
+def room_now(proc: Path = PROC, groups: Path = GROUPS) -> float:
+    """Bytes that may be taken before this process's surroundings are short of memory; endless where none tells."""
+    facts = _table(proc / "meminfo")
+    free = [1024 * (facts["MemAvailable:"] - AVAILABLE_WARN * facts["MemTotal:"])] if "MemAvailable:" in facts else []
+    for directory in own_groups(proc, groups):
+        size, most = _use_of(directory)
+        if most:
+            free.append(GROUP_WARN * most - size)
+    return min(free, default=math.inf)
 
 
 def worst(levels: Iterable[Level | None]) -> Level:
@@ -170,12 +184,18 @@ def from_psi(file: Path) -> Level | None:
 
 
 def from_group(directory: Path) -> Level | None:
-    """From a control group's use, without page cache that would leave first, and its limit; None without a limit."""
+    """From a control group's use and its limit; None without a limit."""
+    size, most = _use_of(directory)
+    return _by_share(size / most, GROUP_WARN, GROUP_CRITICAL) if most else None
+
+
+def _use_of(directory: Path) -> tuple[float, float]:
+    """What a control group uses, without page cache that would leave first, and its limit; 0 for none."""
     for used, limit in (("memory.current", "memory.max"), ("memory.usage_in_bytes", "memory.limit_in_bytes")):
         size, most = _number(_text(directory / used)), _number(_text(directory / limit))
         if size is not None and most is not None and 0 < most < NO_LIMIT:
-            return _by_share((size - _cache_of(directory)) / most, GROUP_WARN, GROUP_CRITICAL)
-    return None
+            return size - _cache_of(directory), most
+    return 0.0, 0.0
 
 
 def _cache_of(directory: Path) -> float:
