@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +65,45 @@ def run_command(command: list[str], limit: int | None) -> tuple[subprocess.Compl
     Raises:
         RuntimeError: there is a limit, and groups cannot be made.
     """
-    group = _group(limit) if limit else None
-    try:
-        joined = (lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None
-        child = subprocess.run(command, preexec_fn=joined, capture_output=True, text=True)
-        return child, _peak(group) if group else 0
-    finally:
-        if group:
-            group.rmdir()
+    if not limit:
+        return subprocess.run(command, capture_output=True, text=True), 0
+    with group(limit) as own:
+        child = subprocess.run(command, preexec_fn=joining(own), capture_output=True, text=True)
+        return child, _peak(own)
 
 
-def _group(limit: int) -> Path:
+@contextmanager
+def group(limit: int) -> Iterator[Path]:
+    """The directory of a memory cgroup with a limit in bytes; what joined it has to have ended when the block is left.
+
+    Raises:
+        RuntimeError: groups cannot be made.
+    """
     parent = _parent()
     if parent is None:
         raise RuntimeError("[limits] memory cgroups cannot be made; run as root on a Linux with the memory controller")
-    group = parent / f"tiny-qmoe-{os.getpid()}"
-    group.mkdir()
-    names = ("memory.limit_in_bytes",) if parent == CGROUP else ("memory.max",)
-    for name in names:
-        (group / name).write_text(str(limit))
-    return group
+    own = parent / f"tiny-qmoe-{os.getpid()}"
+    own.mkdir()
+    try:
+        set_limit(own, limit)
+        yield own
+    finally:
+        own.rmdir()
+
+
+def set_limit(own: Path, limit: int) -> None:
+    """Give a group another limit."""
+    (own / ("memory.limit_in_bytes" if own.parent == CGROUP else "memory.max")).write_text(str(limit))
+
+
+def used(own: Path) -> int:
+    """Bytes that a group holds now, page cache included."""
+    return int((own / ("memory.usage_in_bytes" if own.parent == CGROUP else "memory.current")).read_text())
+
+
+def joining(own: Path) -> Callable[[], object]:
+    """For `preexec_fn`: the child joins the group."""
+    return lambda: (own / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _peak(group: Path) -> int:

@@ -33,7 +33,7 @@ def page() -> str:
     for kind in (errors.FormatError, errors.BudgetError):
         assert issubclass(kind, ValueError)
         parts.append(f"## tiny_qmoe_mlx.errors.{kind.__name__}\n\n```text\n{inspect.getdoc(kind)}\n```\n")
-    methods = [models.Runtime.stats, models.Runtime.close]
+    methods = [models.Runtime.stats, models.Runtime.set_memory, models.Runtime.close]
     parts += [entry(m.__name__, m, "model.tiny_qmoe.") for m in methods]
     return "\n".join(parts)
 

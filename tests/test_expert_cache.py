@@ -98,6 +98,20 @@ def test_loading_all_counts_no_miss(model):
     cache.close()
 
 
+def test_pressure_moves_a_pool_between_its_bounds_slot_by_slot(model):
+    """Steps may be smaller than a record; two pools would share them."""
+    size = model.spec.layers[0].record_bytes
+    cache = ExpertCache(open_store(model), {size: 10}, least={size: 3})
+    (pool,) = cache.pools.values()
+    assert [cache.shrink(1) for _ in range(8)] == [size] * 7 + [0] and pool.active == 3
+    assert [cache.grow(1) for _ in range(2)] == [size] * 2 and pool.active == 5
+    cache.resize({size: 6})
+    assert cache.grow(100 * size) == 0 and pool.active == 6
+    cache.resize({size: 10})
+    assert pool.active == 10 and sorted(pool.free) == list(range(10))
+    cache.close()
+
+
 def test_slots_begin_at_a_page():
     assert Pool(4096, 3).data.ctypes.data % PAGE == 0
 

@@ -23,14 +23,16 @@ class Cache:
     def grow(self, size):
         self.asked.append(size)
         self.size += size
+        return size
 
 
 class World:
     """A level and a time that the test sets."""
 
     def __init__(self):
-        self.level, self.now, self.cache = "normal", 0.0, Cache()
-        self.watch = pressure.Pressure(self.cache, POOL, LEAST, lambda: self.level, lambda: self.now)
+        self.level, self.now, self.room, self.cache = "normal", 0.0, 1e9, Cache()
+        read, clock, room = lambda: self.level, lambda: self.now, lambda: self.room
+        self.watch = pressure.Pressure(self.cache, POOL, LEAST, read, clock, room)
 
     def after(self, seconds, level):
         self.now, self.level = self.now + seconds, level
@@ -38,13 +40,25 @@ class World:
         return self.cache.size
 
 
-def test_shrinks_by_level_at_most_once_a_second():
+def test_shrinks_by_level_a_warning_once_a_second():
     world = World()
     assert world.after(1, "normal") == 1000
     assert world.after(1, "warn") == 900
-    assert world.after(0.5, "critical") == 900
-    assert world.after(0.5, "critical") == 650
-    assert world.watch.given_back == 350 and world.watch.shrinks == 2
+    assert world.after(0.5, "warn") == 900
+    assert world.after(0.1, "critical") == 650
+    assert world.after(0.1, "critical") == 650
+    assert world.after(0.15, "critical") == 400
+    assert world.watch.given_back == 600 and world.watch.shrinks == 3
+
+
+def test_what_a_cache_takes_back_is_believed():
+    """Slots are whole: it takes less, or more, than it is offered, until all is back."""
+    world = World()
+    world.after(1, "critical")
+    world.cache.grow = lambda size: 30
+    for left in (220, 190, 160):
+        world.after(31, "normal")
+        assert world.watch.given_back == left
 
 
 def test_never_below_the_smallest_pool():
@@ -63,6 +77,15 @@ def test_grows_back_slowly_after_calm_and_no_further():
     assert world.after(29, "normal") == 850
     assert [world.after(30, "normal") for _ in range(5)] == [900, 950, 1000, 1000, 1000]
     assert world.watch.given_back == 0
+
+
+def test_grows_no_further_than_there_is_room():
+    """What grows into the limit is killed there."""
+    world = World()
+    world.after(1, "critical")
+    for room, size in ((-5, 750), (0.5, 750), (20, 770), (1000, 820)):
+        world.room = room
+        assert world.after(31, "normal") == size
 
 
 def test_a_cache_that_gives_less_is_believed():
@@ -151,6 +174,19 @@ def test_own_groups_of_both_versions(tmp_path):
     (tmp_path / "proc/self/cgroup").write_text("9:name=systemd:/\n4:cpu,memory:/box\n3:cpu:/x\n0::/gone\n")
     groups = tmp_path / "groups"
     assert pressure.own_groups(tmp_path / "proc", groups) == [groups / "memory/box", groups]
+
+
+def test_room_is_what_the_tightest_leaves(tmp_path):
+    (tmp_path / "self").mkdir()
+    assert pressure.room_now(tmp_path, tmp_path) == float("inf")
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 100 kB\n")
+    assert pressure.room_now(tmp_path, tmp_path) == pytest.approx((100 - 30) * 1024)
+    (tmp_path / "self/cgroup").write_text("4:memory:/box\n0::/\n")
+    box = tmp_path / "memory/box"
+    box.mkdir(parents=True)
+    for name, text in (("usage_in_bytes", "9000"), ("limit_in_bytes", "10000"), ("stat", "total_inactive_file 500\n")):
+        (box / f"memory.{name}").write_text(text)
+    assert pressure.room_now(tmp_path, tmp_path) == pytest.approx(9500 - 8500)
 
 
 def test_worst_of_machine_and_group(tmp_path):

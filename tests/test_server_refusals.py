@@ -1,15 +1,23 @@
 """What the server refuses: requests that are no requests, callers that may not ask, options that cannot be."""
 
+import hmac
+import io
 import json
 import re
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import refusal
 from server_process import CHAT, HEAD, TEXT, chat, least, serving
 
 from tiny_qmoe_mlx import budget
+from tiny_qmoe_mlx.serving import handler, wire
 from tiny_qmoe_mlx.serving.refusal import Refused
 from tiny_qmoe_mlx.serving.schema import Grammars
 
@@ -132,6 +140,15 @@ RAW = {
     "no HTTP": (b"hello\r\n\r\n", 400),
     "an endless line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
     "an endless header": (HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+    "many headers": (HEAD + b"X: y\r\n" * 200 + b"\r\n", 431),
+    "a bomb of long headers": (HEAD + (b"X: " + b"a" * 60_000 + b"\r\n") * 3 + b"\r\n", 431),
+    "two lengths": (HEAD + b"Content-Length: 2\r\nContent-Length: 30\r\n\r\n{}", 400),
+    "a length and pieces": (HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+    "pieces": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+    "a space before the colon": (HEAD + b"Content-Length : 2\r\n\r\n{}", 400),
+    "a line that is no header": (HEAD + b"nonsense\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "two hosts": (HEAD + b"Host: localhost\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
 }
 
 
@@ -144,6 +161,65 @@ def test_bad_http(live, what):
     if what != "no HTTP":  # of HTTP 0.9, which has no status line
         assert answer.split(b" ")[1] == str(status).encode()
     assert live.get("/health") == {"status": "ok"}
+
+
+def test_what_follows_a_request_is_not_another(live):
+    """One connection is one request: nothing is smuggled behind one."""
+    before = live.metrics()
+    first = HEAD + b"Content-Length: 33\r\n\r\n" + b'{"prompt": "hello","max_tokens":2}'[:33]
+    answer = live.raw(first + b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.count(b"HTTP/1.0 ") == 1 and b'"data"' not in answer
+    after = live.metrics()
+    assert sum(after[k] - before.get(k, 0) for k in after if "http_responses" in k) == 2, "this one, and the figures"
+
+
+def test_half_a_head_is_no_request(live):
+    """The client has gone; what it sent so far might have been another request than it meant."""
+    before = live.metrics()
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorizat")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert live.metrics()["tiny_qmoe_clients_gone_total"] == before["tiny_qmoe_clients_gone_total"] + 1
+
+
+def test_old_http(live):
+    assert live.raw(b"GET /health HTTP/1.0\r\n\r\n").endswith(b'{"status": "ok"}')
+    assert live.raw(b"GET /health\r\n\r\n") == b'{"status": "ok"}'
+
+
+PATHS = {TEXT: "POST, OPTIONS", "/v1/models": "GET, HEAD, OPTIONS", "/": "GET, HEAD, OPTIONS"}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_may_be_done_with_a_path(live, method, path):
+    answer = live.open(path, json.dumps(OK).encode() if method == "POST" else None, method)
+    body = answer.read()
+    allowed = method in PATHS[path]
+    assert answer.status == (200 if allowed else 405)
+    assert answer.getheader("Allow") == (None if allowed else PATHS[path])
+    assert (body == b"") == (method == "HEAD") and int(answer.getheader("Content-Length")) > 0
+
+
+def test_a_client_that_dribbles_is_left(monkeypatch):
+    """A head, or a body, of which a byte comes now and then: each would be in time, all of it is not."""
+    monkeypatch.setattr(wire, "HEAD_S", 0.5)
+    near, far = socket.socketpair()
+    with near, far, io.BufferedReader(wire.Received(near)) as received:
+        far.sendall(b"GET / HT")
+        stopped = threading.Event()
+
+        def dribble() -> None:
+            while not stopped.wait(0.05):
+                far.sendall(b"x")
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        with pytest.raises(TimeoutError):
+            received.readline(100_000)
+        stopped.set()
+        thread.join()
 
 
 def test_a_schema_without_its_library_is_refused(monkeypatch, alone):
@@ -198,6 +274,29 @@ def test_what_people_ask_is_not_logged(live):
     live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
     assert any("POST /v1/completions 200" in line for line in live.errors), "its log level is info"
     assert not any("mother-of-pearl" in line for line in live.errors)
+
+
+def test_only_this_machine_reaches_it_unless_told(live):
+    """Every socket on which it listens is on the loopback interface."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs /proc")
+    tables = [Path(f"/proc/{live.child.pid}/net/{name}") for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    own = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{live.port:04X}")]
+    assert own == [f"0100007F:{live.port:04X}"]
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    """By the library's comparison, whatever was sent; a wrong key is not told from a wrong beginning."""
+    asked = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: asked.append((a, b)) or a == b)
+    for given, known in (("Bearer key", True), ("Bearer ke", False), ("bearer key", True), ("Bearer k\xe9y", False)):
+        caller = SimpleNamespace(
+            generation=SimpleNamespace(cli_args=SimpleNamespace(api_key="key")), headers={"Authorization": given}
+        )
+        with nullcontext() if known else pytest.raises(Refused, match="Authorization"):
+            handler.Handler._check_key(caller)
+    assert asked == [(b"key", b"key"), (b"ke", b"key"), (b"key", b"key"), ("k\xe9y".encode(), b"key")]
 
 
 # ---- options

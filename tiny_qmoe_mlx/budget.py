@@ -28,11 +28,12 @@ DEFAULT_CONTEXT = 2048
 class Budget:
     """How a budget is spent.
 
-    slots: per record size, the number of pool slots; least_pool_bytes: of the fewest that work; mode: "resident" where
-    every expert has one, else "streamed".
+    context: tokens that kv_bytes is for; slots: per record size, the number of pool slots; least_slots: the fewest that
+    work; mode: "resident" where every expert has one, else "streamed".
     """
 
     budget_bytes: int
+    context: int
     runtime_bytes: int
     weight_bytes: int
     kv_bytes: int
@@ -41,11 +42,15 @@ class Budget:
     mode: str
     min_budget_bytes: int
     resident_budget_bytes: int
-    least_pool_bytes: int
+    least_slots: dict[int, int]
 
     @property
     def pool_bytes(self) -> int:
         return sum(size * count for size, count in self.slots.items())
+
+    @property
+    def least_pool_bytes(self) -> int:
+        return sum(size * count for size, count in self.least_slots.items())
 
 
 def machine_memory() -> int:
@@ -120,7 +125,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
         )
     slots = counts if budget >= resident else _share(counts, least, budget - fixed)
     mode = "resident" if budget >= resident else "streamed"
-    return Budget(budget, runtime, weights, kv, scratch, slots, mode, smallest, resident, smallest - fixed)
+    return Budget(budget, context, runtime, weights, kv, scratch, slots, mode, smallest, resident, least)
 
 
 def _records(container: Container) -> dict[int, int]:

@@ -152,7 +152,7 @@ class RecordExperts(nn.Module):
             mx.eval(indices, [] if guessed is None else guessed)  # the one host round trip of a streamed layer
             memory.settle()
             chosen = np.array(indices).astype(np.int64).reshape(tokens, -1)
-            few = few and len(np.unique(chosen)) <= pool.slots - len(pool.withdrawn)
+            few = few and len(np.unique(chosen)) <= pool.active
             with memory.demand(self._index, chosen, not few) as demand:
                 memory.expect(self._index + 1, guessed)
                 memory.start_shared(self._index, x, demand)

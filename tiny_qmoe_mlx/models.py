@@ -72,12 +72,12 @@ class Runtime:
         streaming: Streaming = Streaming(),  # noqa: B008 (frozen)
     ):
         self.container = container
-        self.budget = budget
+        self.budget, self._loaded_bytes = budget, budget.budget_bytes
         self.streaming = streaming
         warm = _warmest(container, budget, streaming)
         judge = ahead.Judge(streaming.lookahead)
         self.store = ExpertStore(container, [layer._kind for layer in layers], streaming.checks)
-        self.cache = ExpertCache(self.store, budget.slots, streaming.readers)
+        self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
         self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
         # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
         self._end = weakref.finalize(self, _end, self._pressure, self.cache)
@@ -95,6 +95,38 @@ class Runtime:
         hidden = self.container.spec.layers[0].shapes[0][1]
         self.memory.around = ahead.surroundings(model, layers, hidden)
         self._pressure.start()
+
+    def set_memory(self, memory: str | int) -> None:
+        """Change the budget between two tokens: the pool of experts gives memory back, or takes it again. Tokens stay
+        the same. What `load` gave the pool is the most that it can have.
+
+        Args:
+            memory: as `load` takes it.
+
+        Raises:
+            BudgetError: too small, with the smallest that works; or more experts than the pool was made for. The
+                budget is then as it was.
+        """
+        cpu = mx.default_device() == mx.cpu
+        asked = budgets.split(self.container, budgets.parse_memory(memory), self.budget.context, cpu)
+        pools = self.cache.pools.items()
+        if any(asked.slots[size] > pool.slots for size, pool in pools):
+            raise budgets.BudgetError(
+                f"[memory] the budget should be at most {budgets.show(self._loaded_bytes)}, with which the model was "
+                f"loaded, received {memory}; load it again."
+            )
+        if ops.on_gpu() and any(pool.resident and asked.slots[size] < pool.active for size, pool in pools):
+            raise budgets.BudgetError(
+                f"[memory] the budget should keep experts that are in memory for good, as a GPU's work may still read "
+                f"them, received {memory}; load the model again."
+            )
+        with self.memory.lock:
+            self.memory.settle()
+            self._pressure.resize(asked.pool_bytes, lambda: self.cache.resize(asked.slots))
+        self.budget = asked
+        self.cache.load_all()
+        if asked.mode == "streamed":
+            self._pressure.start()
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading; sizes in bytes."""

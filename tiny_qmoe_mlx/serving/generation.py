@@ -157,7 +157,8 @@ class Generation(mlx_server.ResponseGenerator):
             if self.stopping or self._entered - len(self._active) >= self.cli_args.queue:
                 what = "the server is stopping" if self.stopping else f"{self.cli_args.queue} requests are waiting"
                 retry = min(60, math.ceil(self.counters.request_s))
-                raise Refused(503, f"{what}; try again in {retry} s.", "server_busy", retry)
+                message = f"{what}; try again in {retry} s."
+                raise Refused(503, message, "server_busy", {"Retry-After": str(retry)})
             self._entered += 1
         start = time.monotonic()
         try:

@@ -11,25 +11,24 @@ import logging
 import select
 import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from ipaddress import ip_address
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from mlx_lm import server as mlx_server
 
-from tiny_qmoe_mlx.serving import checks, figures
+from tiny_qmoe_mlx.serving import checks, figures, openapi, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.serving.schema import Grammars
 
-BODY_BYTES, BODY_S = 4 << 20, 60.0
+BODY_BYTES = 4 << 20
 SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
-SILENCE_S = 60.0  # a client that neither sends nor reads for so long is left
 PAGE = Path(__file__).parent / "page"
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 PAGES = {  # looked up once: no name from a request ever reaches the file system
@@ -37,8 +36,9 @@ PAGES = {  # looked up once: no name from a request ever reaches the file system
     **{f"/page/{file.name}": (file.name, KINDS[file.suffix]) for file in PAGE.glob("*.*") if file.suffix in KINDS},
 }
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
+OWN = ("/health", "/metrics", "/experts", "/openapi.json", "/v1/models")
 NOTHING = "there is nothing of this name here."
-OPEN = ("/health", *PAGES)  # need no key
+OPEN = ("/health", "/openapi.json", *PAGES)  # need no key
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
 log = logging.getLogger("tiny_qmoe_mlx.server")
 
@@ -46,17 +46,23 @@ log = logging.getLogger("tiny_qmoe_mlx.server")
 class Handler(mlx_server.APIHandler):
     """One connection; mlx-lm's class does what lies between a request that has been checked and its answer."""
 
-    timeout = SILENCE_S
+    timeout = wire.SILENCE_S
     server_version, sys_version = "tiny-qmoe-mlx", ""
     response_generator: Generation
     max_tokens: int
 
     def __init__(self, *inputs: Any, generation: Generation, grammars: Grammars, fingerprint: str):
         self.generation, self.grammars = generation, grammars
-        self._unread, self._streaming, self._origin = 0, False, ""
+        self._unread, self._streaming, self._origin, self._status = 0, False, "", 0
         super().__init__(generation, *inputs, system_fingerprint=fingerprint)
 
     # ---- requests
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._received = wire.Received(self.connection)
+        self.rfile = io.BufferedReader(self._received)
 
     def do_GET(self) -> None:
         self._guard(self._get)
@@ -65,14 +71,22 @@ class Handler(mlx_server.APIHandler):
         self._guard(self._post)
 
     def do_OPTIONS(self) -> None:
-        self._guard(super().do_OPTIONS)
+        self._guard(self._options)
+
+    do_HEAD = do_GET
+    do_PUT = do_PATCH = do_DELETE = do_TRACE = do_CONNECT = do_OPTIONS  # which no path takes
 
     def _guard(self, answer: Callable[[], None]) -> None:
         """Answer, or say why not."""
         self.path = self.path.partition("?")[0]
         try:
-            self._length()
+            if self._received.ended:  # the library takes the end of what came for the end of the head
+                raise ConnectionAbortedError("the client left in mid-request")
+            wire.check_head(self.headers, self.request_version)
+            self._unread = wire.body_length(self.headers, self.command == "POST")
+            self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
+            self._check_method()
             answer()
         except Refused as refused:
             self._refuse(refused)
@@ -92,14 +106,21 @@ class Handler(mlx_server.APIHandler):
             self._send(figures.text(found).encode(), figures.CONTENT_TYPE)
         elif self.path == "/experts":
             self._send_json(figures.experts(self.generation.stats(), self.generation.cache, self.model_name))
-        elif self.path == "/v1/models" or self.path.startswith("/v1/models/"):
-            self.handle_models_request()
+        elif self.path == "/openapi.json":
+            self._send_json(openapi.DESCRIPTION)
+        elif self.path == "/health":
+            well = self.generation.is_healthy
+            self._send_json({"status": "ok" if well else "unavailable"}, 200 if well else 503)
         else:
-            super().do_GET()
+            self.handle_models_request()
+
+    def _options(self) -> None:
+        self.send_response(204)
+        self.send_header("Allow", ", ".join(methods(self.path)))
+        self._set_cors_headers()
+        self.end_headers()
 
     def _post(self) -> None:
-        if self.path not in COMPLETIONS:
-            raise Refused(404, NOTHING)
         with self.generation.large if self._unread > SMALL_BYTES else nullcontext():
             body = self._checked_body()
         data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
@@ -168,6 +189,14 @@ class Handler(mlx_server.APIHandler):
         if self.command != "OPTIONS" and self.path not in OPEN:
             self._check_key()
 
+    def _check_method(self) -> None:
+        allowed = methods(self.path)
+        if not allowed:
+            raise Refused(404, NOTHING)
+        if self.command not in allowed:
+            what = f"{self.path} takes {' and '.join(allowed)}, received {self.command}."
+            raise Refused(405, what, headers={"Allow": ", ".join(allowed)})
+
     def _check_key(self) -> None:
         key = self.generation.cli_args.api_key
         kind, _, given = self.headers.get("Authorization", "").partition(" ")
@@ -175,7 +204,8 @@ class Handler(mlx_server.APIHandler):
             kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
         )
         if not known:
-            raise Refused(401, "the header Authorization should be Bearer and this server's key.", "invalid_api_key")
+            what = "the header Authorization should be Bearer and this server's key."
+            raise Refused(401, what, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
     def _set_cors_headers(self) -> None:
         """Tell a browser that the page's origin is one that may ask."""
@@ -187,26 +217,19 @@ class Handler(mlx_server.APIHandler):
 
     # ---- what they ask
 
-    def _length(self) -> None:
-        """Bytes of the body that are to come."""
-        text = self.headers.get("Content-Length")
-        if text is None and self.command == "POST":
-            raise Refused(411, "a request needs the header Content-Length.")
-        if not (text or "0").isdecimal() or len(text or "") > 18:
-            raise Refused(400, f"Content-Length should be a number of bytes, received {str(text)[:40]!r}.")
-        self._unread = int(text or 0)
-
     def _read_body(self) -> bytes:
         if self._unread > BODY_BYTES:
             raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
-        parts, end = [], time.monotonic() + BODY_S
+        parts = []
         while self._unread:
-            parts.append(self.rfile.read1(min(self._unread, 1 << 16)))
+            try:
+                parts.append(self.rfile.read1(min(self._unread, 1 << 16)))
+            except TimeoutError as error:
+                self._unread = 0  # nobody waits for the rest
+                raise Refused(408, f"a request should come within {wire.BODY_S:g} s.") from error
             self._unread -= len(parts[-1])
             if not parts[-1]:
                 raise ConnectionAbortedError("the client left in mid-request")
-            if time.monotonic() > end:
-                raise Refused(408, f"a request should come within {BODY_S:g} s.")
         return b"".join(parts)
 
     @property
@@ -282,7 +305,7 @@ class Handler(mlx_server.APIHandler):
                 self.wfile.write(b"data: " + data + b"\n\n")
                 return
             self._headers_buffer: list[bytes] = []  # of an answer that has failed before its first byte
-            self._send(data, "application/json", refused.status, retry=refused.retry)
+            self._send(data, "application/json", refused.status, refused.headers)
             self._read_rest()
         except OSError:
             self.generation.counters.left()
@@ -290,25 +313,24 @@ class Handler(mlx_server.APIHandler):
     def _read_rest(self) -> None:
         """Take what the client still sends, so that it gets to read the answer."""
         left = min(self._unread, DRAIN_BYTES)
-        while left > 0 and (data := self.rfile.read(min(left, 1 << 16))):
+        while left > 0 and (data := self.rfile.read1(min(left, 1 << 16))):
             left -= len(data)
 
     def _send_page(self, name: str, kind: str) -> None:
-        self._send((PAGE / name).read_bytes(), kind, policy=POLICY)
+        self._send((PAGE / name).read_bytes(), kind, more={"Content-Security-Policy": POLICY})
 
-    def _send_json(self, value: Any) -> None:
-        self._send(json.dumps(value).encode(), "application/json")
+    def _send_json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), "application/json", status)
 
-    def _send(self, data: bytes, kind: str, status: int = 200, retry: int | None = None, policy: str = "") -> None:
+    def _send(self, data: bytes, kind: str, status: int = 200, more: Mapping[str, str] = MappingProxyType({})) -> None:
         self.send_response(status)
-        more = {"Retry-After": retry, "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
-        headers = {"Content-Type": kind, "Content-Length": len(data), "Cache-Control": "no-cache", **more}
-        for name, value in headers.items():
-            if value:
-                self.send_header(name, str(value))
+        own = {"Content-Type": kind, "Content-Length": str(len(data)), "X-Content-Type-Options": "nosniff"}
+        for name, value in {**own, "Cache-Control": "no-cache", **more}.items():
+            self.send_header(name, value)
         self._set_cors_headers()
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the HTTP library refuses by itself."""
@@ -316,11 +338,24 @@ class Handler(mlx_server.APIHandler):
         self.close_connection = True
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        self.generation.counters.status(int(code))
-        log.info("%s %s %d", getattr(self, "command", None), getattr(self, "path", ""), int(code))
+        self._status = int(code)
+
+    def end_headers(self) -> None:
+        """The status goes out, and is counted: mlx-lm says 200 when it begins, before an answer may fail."""
+        super().end_headers()
+        self.generation.counters.status(self._status)
+        log.info("%s %s %d", self.command, getattr(self, "path", ""), self._status)
 
     def log_message(self, format: str, *values: Any) -> None:
         log.info(format, *values)
+
+
+def methods(path: str) -> tuple[str, ...]:
+    """What may be done with a path; nothing where there is none of this name."""
+    if path in COMPLETIONS:
+        return ("POST", "OPTIONS")
+    known = path in OWN or path in PAGES or path.startswith("/v1/models/")
+    return ("GET", "HEAD", "OPTIONS") if known else ()
 
 
 def too_long(prompt: str, limit: int) -> Refused:

@@ -1,5 +1,7 @@
 """A request that is not answered, in OpenAI's words for it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 KINDS = {401: "authentication_error", 403: "permission_error"}
@@ -8,13 +10,15 @@ KINDS = {401: "authentication_error", 403: "permission_error"}
 class Refused(Exception):
     """What should be and what was received, and the HTTP status that says so.
 
-    code: OpenAI's where it has one (model_not_found, context_length_exceeded, ...); retry: seconds after which to try
-    again.
+    code: OpenAI's where it has one (model_not_found, context_length_exceeded, ...); headers: more of them, as
+    Retry-After.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None, retry: int | None = None):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] = MappingProxyType({})
+    ):
         super().__init__(message)
-        self.status, self.message, self.code, self.retry = status, message, code, retry
+        self.status, self.message, self.code, self.headers = status, message, code, headers
 
     @property
     def body(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -36,11 +37,18 @@ class ExpertCache:
         use: int64 (experts,) for each layer, how often an expert was demanded.
     """
 
-    def __init__(self, store: ExpertStore, slots: dict[int, int], readers: int = READERS):
-        """slots: number of slots per record size in bytes; readers: threads."""
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: dict[int, int],
+        readers: int = READERS,
+        least: Mapping[int, int] = MappingProxyType({}),
+    ):
+        """slots: number of slots per record size in bytes; readers: threads; least: of the slots, the fewest that work,
+        1 where it is not given."""
         layers = store.container.spec.layers
         self.store = store
-        self.pools = {size: Pool(size, count) for size, count in slots.items()}
+        self.pools = {size: Pool(size, count, least.get(size, 1)) for size, count in slots.items()}
         self.pool_of_layer = [self.pools[layer.slot] for layer in layers]
         self.hits = self.misses = self.stalls = self.lookahead_reads = self.lookahead_used = 0
         self.io_wait_s = 0.0
@@ -84,7 +92,7 @@ class ExpertCache:
         layers = self.store.container.spec.layers
         for size, pool in self.pools.items():
             mine = [i for i, layer in enumerate(layers) if layer.slot == size]
-            if pool.slots < sum(layers[i].experts for i in mine):
+            if pool.active < sum(layers[i].experts for i in mine):
                 continue
             for i in mine:
                 self.load(i, range(layers[i].experts))
@@ -119,7 +127,7 @@ class ExpertCache:
             self._settle_expected(layer, set())  # of a demand that never came
             for expert in experts:
                 key = (layer, expert)
-                if key in pool.slot_of or key in self._loading or len(reads) >= pool.slots // 4:
+                if key in pool.slot_of or key in self._loading or len(reads) >= pool.active // 4:
                     continue
                 if (slot := pool.take()) is None:
                     break
@@ -204,12 +212,26 @@ class ExpertCache:
         """Use memory again that `shrink` gave back; bytes that it was."""
         return self._resize(size, Pool.restore)
 
+    def resize(self, slots: dict[int, int]) -> None:
+        """Let each pool use so many of its slots, at most those that it was made with; the first to leave go.
+
+        It waits for products that use them. Experts that were in memory for good may leave from now on.
+        """
+        with self._changed:
+            for size, pool in self.pools.items():
+                pool.resident, pool.most = pool.resident and pool.active == slots[size], slots[size]
+                while (extra := pool.active - slots[size]) > 0:
+                    if not pool.withdraw(extra):
+                        self._changed.wait()
+                pool.restore(pool.slots)
+            self._changed.notify_all()
+
     def _resize(self, size: int, change: Callable[[Pool, int], int]) -> int:
         pools = [pool for pool in self.pools.values() if not pool.resident]
         total, done = sum(p.slots * p.record_bytes for p in pools), 0
         with self._changed:
             for pool in pools:
-                share = size * pool.slots // max(1, total)
+                share = -(-size * pool.slots // max(1, total))  # at least one: records may be larger than a step
                 done += change(pool, share) * pool.record_bytes
             self._changed.notify_all()
         return done
@@ -277,7 +299,7 @@ class Demand:
         """Read as many of the missing as there are slots, in a prefill as its window has room."""
         most = len(self._missing)
         if self._cold:
-            window = max(1, min(SWEEP, self._pool.slots // 4))
+            window = max(1, min(SWEEP, self._pool.active // 4))
             most = min(most, window - len(self._pinned) + len(self._pinned.intersection(self._present)))
         if most <= 0:
             return

@@ -26,11 +26,13 @@ class Pool:
         order: in which order they leave.
         pins: how many products use an expert, or wait for it.
         resident: every expert of this size has its slot for good.
+        most, least: bounds of `active`, which pressure moves between.
     """
 
-    def __init__(self, record_bytes: int, slots: int):
+    def __init__(self, record_bytes: int, slots: int, least: int = 1):
         self.record_bytes = record_bytes
-        self.slots = slots
+        self.slots = self.most = slots
+        self.least = min(least, slots)
         spare = -(-PAGE // record_bytes)  # rows to reach the next page with
         self.array = _zeros(slots + spare, record_bytes)
         whole = np.asarray(self.array).reshape(-1)
@@ -42,6 +44,11 @@ class Pool:
         self.pins: dict[Key, int] = {}
         self.free = list(range(slots - 1, -1, -1))
         self.withdrawn: list[int] = []
+
+    @property
+    def active(self) -> int:
+        """Slots that have memory now."""
+        return self.slots - len(self.withdrawn)
 
     def slot(self, index: int) -> np.ndarray:
         """The bytes of one slot, u8 (record_bytes,)."""
@@ -69,7 +76,7 @@ class Pool:
 
     def withdraw(self, count: int) -> int:
         """Give the memory of up to `count` slots back to the system, those of the first to leave; how many it was."""
-        done = 0
+        done, count = 0, min(count, self.active - self.least)
         while done < count and (slot := self.take()) is not None:
             self.withdrawn.append(slot)
             _give_back(self.slot(slot))
@@ -78,8 +85,9 @@ class Pool:
 
     def restore(self, count: int) -> int:
         """Use up to `count` withdrawn slots again; how many it was."""
-        back = self.withdrawn[len(self.withdrawn) - min(count, len(self.withdrawn)) :]
-        del self.withdrawn[len(self.withdrawn) - len(back) :]
+        stay = len(self.withdrawn) - max(0, min(count, self.most - self.active))
+        back = self.withdrawn[stay:]
+        del self.withdrawn[stay:]
         self.free += back
         return len(back)
 

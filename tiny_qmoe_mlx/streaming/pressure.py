@@ -6,6 +6,7 @@ kernel without either by MemAvailable. macOS tells by a sysctl; that path has no
 
 import ctypes
 import logging
+import math
 import sys
 import threading
 import time
@@ -15,9 +16,10 @@ from typing import Protocol
 
 NORMAL, WARN, CRITICAL = "normal", "warn", "critical"
 SHARES = {WARN: 0.10, CRITICAL: 0.25}  # of the pool, given back at a time
+WAITS = {WARN: 1.0, CRITICAL: 0.2}  # seconds from one time to the next
 GROWTH = 0.05  # of the pool, taken back at a time
 CALM_S = 30.0  # seconds of normal before each step of growth
-PERIOD_S = 1.0
+PERIOD_S = 0.2  # a look takes a tenth of a millisecond; a process that starts takes gigabytes in a second
 PSI_SOME, PSI_FULL = 10.0, 10.0  # per cent: some task waits (warn), every task waits (critical)
 GROUP_WARN, GROUP_CRITICAL = 0.95, 0.985  # of a control group's limit
 AVAILABLE_WARN, AVAILABLE_CRITICAL = 0.03, 0.015  # of the machine
@@ -29,11 +31,11 @@ Source = Callable[[], Level | None]
 
 
 class Shrinking(Protocol):
-    """What a cache offers: bytes given back (0 where nothing more can go), and room to use again."""
+    """What a cache offers: bytes given back (0 where nothing more can go), and bytes used again."""
 
     def shrink(self, size: int) -> int: ...
 
-    def grow(self, size: int) -> object: ...
+    def grow(self, size: int) -> int: ...
 
 
 class Pressure:
@@ -51,6 +53,7 @@ class Pressure:
         least_bytes: int,
         read: Callable[[], Level] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        room: Callable[[], float] | None = None,
     ):
         """
         Args:
@@ -59,18 +62,27 @@ class Pressure:
             least_bytes: the smallest pool that works.
             read: the pressure now; `level` where it is not given.
             clock: seconds.
+            room: bytes that may be taken before there is pressure; `room_now` where it is not given.
         """
         self.cache, self.pool_bytes, self.least_bytes = cache, pool_bytes, least_bytes
         self.given_back, self.shrinks, self.grows = 0, 0, 0
-        self._read, self._clock = read or level, clock
+        self._read, self._clock, self._room = read or level, clock, room or room_now
         self._calm_since = clock()
         self._last_shrink = float("-inf")
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
 
     def start(self) -> "Pressure":
-        self._thread.start()
+        """Begin to watch; a second call does nothing."""
+        if self._thread.ident is None:
+            self._thread.start()
         return self
+
+    def resize(self, pool_bytes: int, change: Callable[[], None]) -> None:
+        """The cache gets another size by `change`, to which it grows back from now on."""
+        with self._lock:
+            change()
+            self.pool_bytes, self.given_back = pool_bytes, 0
 
     def stop(self) -> None:
         """End the thread; returns when it has ended, and may be called twice."""
@@ -80,10 +92,14 @@ class Pressure:
 
     def step(self) -> None:
         """One look at the pressure, and what follows from it."""
-        found, now = self._read(), self._clock()
+        found = self._read()
+        with self._lock:
+            self._follow(found, self._clock())
+
+    def _follow(self, found: Level, now: float) -> None:
         if found in SHARES:
             self._calm_since = now
-            if now - self._last_shrink >= PERIOD_S:
+            if now - self._last_shrink >= WAITS[found]:
                 self._last_shrink = now
                 self._shrink(SHARES[found])
         elif now - self._calm_since >= CALM_S:
@@ -97,10 +113,9 @@ class Pressure:
             self.shrinks += 1
 
     def _grow(self) -> None:
-        size = min(int(self.pool_bytes * GROWTH), self.given_back)
+        size = int(min(self.pool_bytes * GROWTH, self.given_back, self._room()))
         if size > 0:
-            self.cache.grow(size)
-            self.given_back -= size
+            self.given_back -= self.cache.grow(size)
             self.grows += 1
 
     def _watch(self) -> None:
@@ -115,6 +130,17 @@ class Pressure:
 def level() -> Level:
     """The memory pressure of this process's surroundings: "normal", "warn" or "critical"."""
     return worst([from_macos()] if sys.platform == "darwin" else linux_levels())
+
+
+def room_now(proc: Path = PROC, groups: Path = GROUPS) -> float:
+    """Bytes that may be taken before this process's surroundings are short of memory; endless where none tells."""
+    facts = _table(proc / "meminfo")
+    free = [1024 * (facts["MemAvailable:"] - AVAILABLE_WARN * facts["MemTotal:"])] if "MemAvailable:" in facts else []
+    for directory in own_groups(proc, groups):
+        size, most = _use_of(directory)
+        if most:
+            free.append(GROUP_WARN * most - size)
+    return min(free, default=math.inf)
 
 
 def worst(levels: Iterable[Level | None]) -> Level:
@@ -158,12 +184,18 @@ def from_psi(file: Path) -> Level | None:
 
 
 def from_group(directory: Path) -> Level | None:
-    """From a control group's use, without page cache that would leave first, and its limit; None without a limit."""
+    """From a control group's use and its limit; None without a limit."""
+    size, most = _use_of(directory)
+    return _by_share(size / most, GROUP_WARN, GROUP_CRITICAL) if most else None
+
+
+def _use_of(directory: Path) -> tuple[float, float]:
+    """What a control group uses, without page cache that would leave first, and its limit; 0 for none."""
     for used, limit in (("memory.current", "memory.max"), ("memory.usage_in_bytes", "memory.limit_in_bytes")):
         size, most = _number(_text(directory / used)), _number(_text(directory / limit))
         if size is not None and most is not None and 0 < most < NO_LIMIT:
-            return _by_share((size - _cache_of(directory)) / most, GROUP_WARN, GROUP_CRITICAL)
-    return None
+            return size - _cache_of(directory), most
+    return 0.0, 0.0
 
 
 def _cache_of(directory: Path) -> float:

@@ -1,0 +1,86 @@
+"""What a client sends, before it is understood: how much of it, until when, and where a request ends.
+
+One connection carries one request (HTTP/1.0), so nothing can hide behind a request's end; a head that another server
+between might read otherwise is refused all the same (RFC 9112, sections 3.2, 5.1 and 6.3).
+"""
+
+import io
+import socket
+import time
+from email.message import Message
+from http.client import LineTooLong
+from typing import Any
+
+from tiny_qmoe_mlx.serving.refusal import Refused
+
+SILENCE_S = 60.0  # a client that neither sends nor reads for so long is left
+HEAD_BYTES, HEAD_S = 128 << 10, 30.0  # of the request line and all headers
+BODY_S = 60.0
+
+
+class Received(io.RawIOBase):
+    """A connection's bytes, up to a time and a number: a client that sends one a minute is left too.
+
+    Reading raises TimeoutError past the time, LineTooLong past the number. ended: the client sends no more.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self._connection, self.ended = connection, False
+        self.allow(HEAD_S, HEAD_BYTES)
+
+    def allow(self, seconds: float, size: int) -> None:
+        """From now on, for so long and so many bytes."""
+        self._end, self._left = time.monotonic() + seconds, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any, /) -> int:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not come in time")
+        self._connection.settimeout(min(SILENCE_S, left))
+        try:
+            size = self._connection.recv_into(into)
+        finally:
+            self._connection.settimeout(SILENCE_S)  # of what is written meanwhile
+        self._left, self.ended = self._left - size, size == 0
+        if self._left < 0:
+            raise LineTooLong("the request")
+        return size
+
+
+def check_head(headers: Message, version: str) -> None:
+    """Refuse a head that two servers could read in two ways.
+
+    Args:
+        headers: of the request.
+        version: "HTTP/1.1" or another.
+
+    Raises:
+        Refused: with what is wrong.
+    """
+    if headers.defects or headers.get_payload():
+        raise Refused(400, "each header should be a line of a name, a colon and a value; one is not.")
+    for name in ("Host", "Content-Length", "Transfer-Encoding"):
+        if len(headers.get_all(name, [])) > 1:
+            raise Refused(400, f"the header {name} should be there once at most.")
+    if version >= "HTTP/1.1" and "Host" not in headers:
+        raise Refused(400, "a request of HTTP/1.1 needs the header Host.")
+    if "Transfer-Encoding" in headers:
+        both = "Content-Length" in headers
+        raise Refused(400 if both else 411, "a request should come with Content-Length, without Transfer-Encoding.")
+
+
+def body_length(headers: Message, needed: bool) -> int:
+    """Bytes of the body that are to come.
+
+    Raises:
+        Refused: it is no number, or it is needed and not there.
+    """
+    text = headers.get("Content-Length")
+    if text is None and needed:
+        raise Refused(411, "a request needs the header Content-Length.")
+    if not (text or "0").isdecimal() or len(text or "") > 18:
+        raise Refused(400, f"Content-Length should be a number of bytes, received {str(text)[:40]!r}.")
+    return int(text or 0)
