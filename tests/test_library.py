@@ -244,9 +244,9 @@ def test_closing_waits_for_a_call_in_another_thread(made, monkeypatch):
 
 def test_a_call_that_closes_does_not_wait_for_itself():
     door = Door()
-    with door:
+    with door.call():
         door.shut()
-    with pytest.raises(ValueError, match=CLOSED), door:
+    with pytest.raises(ValueError, match=CLOSED), door.call():
         pass
 
 

@@ -6,7 +6,10 @@ Models loaded in one process share code, and no state of ours: each has its budg
 Process-wide, and so common to all, are MLX's limits and allocator (`load` sets `mx.set_cache_limit`), the BLAS under
 MLX's CPU backend (chosen by this import, before MLX's), the C++ library's threads, which calls use in turns, and the
 peak memory in a model's `stats()`. A budget counts everything that a process holds beside one model: of two, each
-counts the program once. A model may generate in any thread; its budget provides for one generation at a time.
+counts the program once. A model may generate in any thread, and in several at once: each gets the tokens that it would
+get alone. Its budget provides for one generation at a time. On a GPU the calls of a streamed model take turns. `close`
+waits for calls under way, later ones are refused. A fork of a process that has loaded a model is refused (MLX's threads
+are not in it): start processes by `spawn`. At the end of the process we wait for threads that have generated.
 """
 
 import sys

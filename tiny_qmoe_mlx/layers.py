@@ -6,13 +6,15 @@ router, its weights and the sum over experts stay with the model's own block.
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx import lookahead, metal, native, ops
+from tiny_qmoe_mlx import interrupts, lookahead, metal, native, ops
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.metal import Records
 from tiny_qmoe_mlx.streaming.cache import Demand, ExpertCache
@@ -24,6 +26,7 @@ class Memory:
     """What all expert layers of a model compute from.
 
     lock: of the GPU's side, where a product holds its experts until it has been evaluated; the CPU's needs none.
+    noting: of trace and calls, which several threads may write.
     around: of each layer, what it may start while records load; empty where that was not looked for.
     """
 
@@ -33,6 +36,7 @@ class Memory:
     in_flight: list[tuple[mx.array, int, list[int]]] = field(default_factory=list)
     around: list[lookahead.Around] = field(default_factory=list)
     judge: lookahead.Judge = field(default_factory=lookahead.Judge)
+    noting: threading.Lock = field(default_factory=threading.Lock)
     trace: TraceWriter | None = None
     calls: int = 0
 
@@ -44,14 +48,30 @@ class Memory:
         """Wait for what was held (by the time that a later layer asks, it is done) and give its pins back."""
         while self.in_flight:
             y, layer, experts = self.in_flight.pop()
-            mx.eval(y)
-            self.cache.unpin(layer, experts)
+            try:
+                mx.eval(y)
+            finally:
+                self.cache.unpin(layer, experts)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around a call of the model. A GPU that streams serves one thread at a time, and a call waits at its end for
+        what it holds: in another thread MLX could not."""
+        if not ops.on_gpu() or all(pool.resident for pool in self.cache.pools.values()):
+            yield
+            return
+        with self.lock:
+            try:
+                yield
+            finally:
+                self.settle()
 
     def demand(self, layer: int, chosen: np.ndarray, cold: bool) -> Demand:
         """Ask for the experts that a call of a layer chose, int (tokens, k), and write them down."""
-        self.calls += 1
-        if self.trace is not None:
-            self.trace.write(layer, chosen, cold)
+        with self.noting:
+            self.calls += 1
+            if self.trace is not None:
+                self.trace.write(layer, chosen, cold)
         return self.cache.demand(layer, np.unique(chosen).tolist(), cold)
 
     def guess(self, layer: int, x: mx.array) -> mx.array | None:
@@ -94,6 +114,7 @@ class RecordExperts(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x (..., d), indices int (..., k) -> (..., k, d) in x's dtype."""
+        interrupts.now()
         if lookahead.probing():
             return lookahead.record(x, indices)
         return self._on_gpu(x, indices) if ops.on_gpu() else self._on_cpu(x, indices)
@@ -152,7 +173,7 @@ class RecordExperts(nn.Module):
             mx.eval(indices, [] if guessed is None else guessed)  # the one host round trip of a streamed layer
             memory.settle()
             chosen = np.array(indices).astype(np.int64).reshape(tokens, -1)
-            few = few and len(np.unique(chosen)) <= pool.active
+            few = few and memory.cache.reserve(self._index, len(np.unique(chosen)))
             with memory.demand(self._index, chosen, not few) as demand:
                 memory.expect(self._index + 1, guessed)
                 memory.start_shared(self._index, x, demand)

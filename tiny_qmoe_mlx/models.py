@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import footprint, ops, plain_files, probes, qmoe_probe, rans_probe, whole
+from tiny_qmoe_mlx import footprint, ops, plain_files, probes, process, qmoe_probe, rans_probe, whole
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
@@ -70,6 +70,7 @@ class Runtime:
         budget: budgets.Budget,
         layers: list[RecordExperts],
         streaming: Streaming = Streaming(),  # noqa: B008 (frozen)
+        door: Door | None = None,
     ):
         self.container = container
         self.budget, self._loaded_bytes = budget, budget.budget_bytes
@@ -80,7 +81,7 @@ class Runtime:
         self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
         self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
         # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
-        self._end = weakref.finalize(self, _end, self._pressure, self.cache)
+        self._end = weakref.finalize(self, _end, door, self._pressure, self.cache)
         self.memory = Memory(self.cache, judge=judge)
         self.dispatch = self.memory.dispatch
         for layer in layers:
@@ -129,7 +130,12 @@ class Runtime:
             self._pressure.start()
 
     def stats(self) -> dict[str, Any]:
-        """Counters since loading; sizes in bytes."""
+        """Counters since loading; sizes in bytes.
+
+        Raises:
+            ValueError: this is a fork of the process that the model was loaded in.
+        """
+        process.enter("model")
         cache, around = self.cache, self.memory.around
         return {
             "budget_bytes": self.budget.budget_bytes,
@@ -154,7 +160,10 @@ class Runtime:
         }
 
     def close(self) -> None:
-        """Close the files, free the pool, write the profile; the model cannot run afterwards."""
+        """Close the files, free the pool, write the profile; the model cannot run afterwards. In a fork of the process
+        that the model was loaded in it does nothing: all of that is the parent's."""
+        if not process.at_home():
+            return
         self._end()
         calls, self.memory.calls = self.memory.calls, 0
         trace, self.memory.trace = self.memory.trace, None
@@ -164,7 +173,12 @@ class Runtime:
             trace.close()
 
 
-def _end(pressure: Pressure, cache: ExpertCache) -> None:
+def _end(door: Door | None, pressure: Pressure, cache: ExpertCache) -> None:
+    """Also at the end of the process, while other threads may still generate."""
+    if not process.at_home():
+        return
+    if door is not None:
+        door.shut(process.END_S)
     pressure.stop()
     cache.close()
 
@@ -215,13 +229,19 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
 
             @wraps(base.__call__)  # mlx-lm reads its signature
             def __call__(self, *inputs: Any, **options: Any) -> mx.array:
-                with self.door:
+                with self.door.call():
                     return super().__call__(*inputs, **options)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 # names and values are the module's own already: mlx-lm's sanitize would change some again
                 records = {f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums")}
                 return {name: w for name, w in weights.items() if name not in (*records, tuples.TENSOR)}
+
+            def __reduce_ex__(self, protocol: object) -> Any:
+                raise TypeError(
+                    "[model] should stay where it was loaded, it can be neither copied nor pickled: its pool, files "
+                    "and threads are its own; load the directory again."
+                )
 
             def __enter__(self) -> "Model":
                 return self
@@ -301,7 +321,7 @@ def load(
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget is too small; the text names the smallest that works.
-        ValueError: this machine's GPU computes experts wrongly.
+        ValueError: this machine's GPU computes experts wrongly, or the process is a fork of one that has computed.
     """
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu
@@ -314,6 +334,7 @@ def load(
 
 def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tuple[Container, budgets.Budget]:
     """What comes before the weights: files, budget and GPU are checked, MLX's cache is limited; raises as `load`."""
+    process.enter("load")
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
@@ -336,7 +357,8 @@ def attach(
     # the weights have come from files that were checked before
     plain_files.require_unchanged(container.directory, container.states)
     layers = record_layers(model)
-    model.tiny_qmoe = Runtime(container, budget, layers, streaming)
+    model.tiny_qmoe = Runtime(container, budget, layers, streaming, model.door)
+    model.door.around = model.tiny_qmoe.memory.turn
     _load_resident(model.tiny_qmoe, progress)
     if budget.mode == "streamed":
         model.tiny_qmoe.stream(model, layers)

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from tiny_qmoe_mlx import coded_gpu, ops
+from tiny_qmoe_mlx import coded_gpu, interrupts, ops
 from tiny_qmoe_mlx.codecs import packed
 from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
@@ -36,6 +36,7 @@ class Whole:
         self._memory = memory
 
     def __call__(self, x: mx.array, *more: Any, **options: Any) -> Any:
+        interrupts.now()
         with self._memory.lock:  # one layer is expanded at a time, whoever generates
             try:
                 self._fill(x.dtype)

@@ -34,14 +34,15 @@ inline void relax() {
 class Pool {
  public:
   explicit Pool(int threads) : size_(threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+    } catch (...) {  // the system has no more threads: those that have started must not outlive their vector
+      stop();
+      throw;
+    }
   }
 
-  ~Pool() {
-    stop_ = true;
-    publish();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~Pool() { stop(); }
 
   int size() const { return size_; }
 
@@ -61,6 +62,12 @@ class Pool {
   }
 
  private:
+  void stop() {
+    stop_ = true;
+    publish();
+    for (auto& worker : workers_) worker.join();
+  }
+
   // A new job, from its item 0.
   void publish() {
     {

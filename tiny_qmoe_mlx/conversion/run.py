@@ -18,7 +18,7 @@ import xxhash
 from mlx.utils import tree_unflatten
 from threadpoolctl import threadpool_limits
 
-from tiny_qmoe_mlx import masked_spans, native
+from tiny_qmoe_mlx import masked_spans, native, process
 from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
 from tiny_qmoe_mlx.conversion import coded, layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.layer import BEFORE_LAYERS, Job, Progress, convert_layer
@@ -71,9 +71,10 @@ def convert(
     Raises:
         FormatError: no such checkpoint, no experts in it, a calibration text that does not serve, or a conversion under
             way that was begun with other settings or from another source.
-        ValueError: settings out of range, weights that are not finite.
+        ValueError: settings out of range, weights that are not finite; the process is a fork of one that has computed.
         OSError: the disk is full, or the output directory exists and is not ours; the hub refuses the upload.
     """
+    process.enter("convert")
     settings.check()
     require_compiler()
     _check_together(settings, stream_shards, finetune)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from tiny_qmoe_mlx import interrupts
 from tiny_qmoe_mlx.streaming.order import Key
 from tiny_qmoe_mlx.streaming.pool import Pool
 from tiny_qmoe_mlx.streaming.readers import Read, Readers
@@ -23,6 +24,7 @@ READERS = 8
 RUN_BYTES = 1 << 20  # adjacent records are read in one go up to so many bytes
 SWEEP = 16  # slots that a prefill reads through, a quarter of the pool at most
 GROUP = 4  # experts that a prefill computes at once: its threads share whole experts
+POLL_S = 0.1  # seconds between two looks for a Ctrl-C
 STALL_S = 5.0  # seconds without a record before it is reported
 log = logging.getLogger("tiny_qmoe_mlx")
 
@@ -113,7 +115,8 @@ class ExpertCache:
             experts: distinct, ascending.
             cold: read through few slots, in file order, and leave those that are in use often alone (prefill).
         """
-        self.use[layer][experts] += 1
+        with self._changed:
+            self.use[layer][experts] += 1
         return Demand(self, layer, experts, cold)
 
     def expect(self, layer: int, experts: list[int]) -> None:
@@ -140,12 +143,10 @@ class ExpertCache:
     def _settle_expected(self, layer: int, demanded: set[int]) -> None:
         """What was expected of a layer is demanded, dropped before it is read, or the first to leave."""
         pool = self.pool_of_layer[layer]
-        for expert, read in self._expected[layer].items():
+        for expert, read in list(self._expected[layer].items()):
             key = (layer, expert)
             if expert in demanded:
-                self._readers.promote(read)
-                self.lookahead_reads += 1
-                self.lookahead_used += key in pool.slot_of or key in self._loading  # else it has left again already
+                self._claim(key)
             elif key in self._loading and self._readers.drop(read):
                 pool.free.append(self._loading.pop(key)[1])
             else:
@@ -154,6 +155,14 @@ class ExpertCache:
                 if key in pool.slot_of:
                     pool.order.dismiss(key)
         self._expected[layer].clear()
+
+    def _claim(self, key: Key) -> None:
+        """What was expected is demanded: nobody may drop it any more."""
+        if (read := self._expected[key[0]].pop(key[1], None)) is not None:
+            self._readers.promote(read)
+            self.lookahead_reads += 1
+            # else it has left again already
+            self.lookahead_used += key in self.pool_of_layer[key[0]].slot_of or key in self._loading
 
     def _request(self, layer: int, missing: deque[int], most: int) -> int:
         """Start to read up to `most` of the missing experts into what slots there are; how many."""
@@ -194,12 +203,30 @@ class ExpertCache:
                     pool.free.append(slot)
             self._changed.notify_all()
 
+    def _wait(self) -> bool:
+        """Wait for a change, under the lock; False after five seconds without. A Ctrl-C is let through."""
+        until = time.perf_counter() + STALL_S
+        while not self._changed.wait(POLL_S if interrupts.waits() else STALL_S):
+            interrupts.now()
+            if time.perf_counter() >= until:
+                return False
+        return True
+
     def unpin(self, layer: int, experts: Iterable[int]) -> None:
         """Give back the pins that `Demand.keep` handed out."""
         with self._changed:
             for expert in experts:
                 self.pool_of_layer[layer].unpin((layer, expert))
             self._changed.notify_all()
+
+    def reserve(self, layer: int, experts: int) -> bool:
+        """Whether a demand may hold so many of a layer's experts at once; `shrink` leaves it the slots, until the next
+        such question about their pool."""
+        pool = self.pool_of_layer[layer]
+        with self._changed:
+            fits = experts <= pool.active
+            pool.reserved = experts if fits else 0
+            return fits
 
     def shrink(self, size: int) -> int:
         """Give memory back to the system, of the experts that are first to leave; bytes that it was.
@@ -219,6 +246,7 @@ class ExpertCache:
         """
         with self._changed:
             for size, pool in self.pools.items():
+                pool.reserved = 0  # of a demand that is over: none begins while the size changes
                 pool.resident, pool.most = pool.resident and pool.active == slots[size], slots[size]
                 while (extra := pool.active - slots[size]) > 0:
                     if not pool.withdraw(extra):
@@ -260,14 +288,16 @@ class Demand:
         self._cache, self._layer, self._cold = cache, layer, cold
         self._pool = cache.pool_of_layer[layer]
         self._pinned: set[int] = set()
-        self._reading: dict[int, Read] = {}
+        self._reading: dict[int, Read | None] = {}  # None: in memory by now, read for another demand
         self._missing: deque[int] = deque()
         self._present: list[int] = []
+        self._shared: set[int] = set()  # in memory for others as well: a prefill leaves them where they are
         with cache._changed:
             cache._settle_expected(layer, set(experts))
             self._pool.order.begin(layer, counts=not cold)
             for expert in experts:
                 self._look(expert)
+            self._shared.update(self._present)
             if count:
                 cache.hits += len(self._present)
                 cache.misses += len(experts) - len(self._present)
@@ -295,12 +325,24 @@ class Demand:
         self._pinned.add(expert)
         self._pool.pin((self._layer, expert))
 
+    def _look_again(self) -> None:
+        """What was missing may have been asked for since by a demand in another thread: nothing is read twice."""
+        for expert in list(self._missing):
+            key = (self._layer, expert)
+            if key in self._pool.slot_of or key in self._cache._loading:
+                self._cache._claim(key)
+                self._missing.remove(expert)
+                self._reading[expert] = None if key in self._pool.slot_of else self._cache._loading[key][0]
+                self._shared.add(expert)
+                self._pin(expert)
+
     def _ask(self) -> None:
         """Read as many of the missing as there are slots, in a prefill as its window has room."""
+        self._look_again()
         most = len(self._missing)
         if self._cold:
             window = max(1, min(SWEEP, self._pool.active // 4))
-            most = min(most, window - len(self._pinned) + len(self._pinned.intersection(self._present)))
+            most = min(most, window - len(self._pinned - self._shared))
         if most <= 0:
             return
         before = list(self._missing)[:most]
@@ -325,7 +367,7 @@ class Demand:
             self._ask()
             stalled = False
             while not (found := self._done()):
-                if not cache._changed.wait(STALL_S) and time.perf_counter() - start > STALL_S:
+                if not cache._wait() and time.perf_counter() - start > STALL_S:
                     cache.stalls += not stalled
                     stalled = True
                     self._report(time.perf_counter() - start)
@@ -337,7 +379,7 @@ class Demand:
         """Experts that have been read and not been given out yet; none where a prefill may wait for more."""
         layer, found = self._layer, []
         for expert, read in self._reading.items():
-            if read.error is not None:
+            if read is not None and read.error is not None:
                 raise read.error
             if (layer, expert) in self._pool.slot_of:
                 found.append(expert)
@@ -358,7 +400,7 @@ class Demand:
                 key = (self._layer, expert)
                 self._pinned.discard(expert)
                 self._pool.unpin(key)
-                if self._cold and expert not in self._present:
+                if self._cold and expert not in self._shared:
                     self._pool.order.dismiss(key)
             self._cache._changed.notify_all()
 

@@ -27,6 +27,7 @@ class Pool:
         pins: how many products use an expert, or wait for it.
         resident: every expert of this size has its slot for good.
         most, least: bounds of `active`, which pressure moves between.
+        reserved: slots that `withdraw` leaves: some demand holds so many at once.
     """
 
     def __init__(self, record_bytes: int, slots: int, least: int = 1):
@@ -39,6 +40,7 @@ class Pool:
         self.base = -whole.ctypes.data % PAGE
         self.data = whole[self.base : self.base + record_bytes * slots]
         self.resident = False
+        self.reserved = 0
         self.slot_of: dict[Key, int] = {}
         self.order = Order()
         self.pins: dict[Key, int] = {}
@@ -76,7 +78,7 @@ class Pool:
 
     def withdraw(self, count: int) -> int:
         """Give the memory of up to `count` slots back to the system, those of the first to leave; how many it was."""
-        done, count = 0, min(count, self.active - self.least)
+        done, count = 0, min(count, self.active - max(self.least, self.reserved))
         while done < count and (slot := self.take()) is not None:
             self.withdrawn.append(slot)
             _give_back(self.slot(slot))

@@ -8,6 +8,8 @@ mid-line is read up to its last whole line.
 
 import errno
 import json
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +43,21 @@ def header(model: dict[str, Any], experts: list[int], record_bytes: list[int]) -
 # ---- write
 
 
+_writers: "weakref.WeakSet[TraceWriter]" = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a fork: what is in the buffers is the parent's to write, and a fork that ends would write it once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for writer in list(_writers):
+        if writer._file is not None and not writer._file.closed:
+            os.dup2(nowhere, writer._file.fileno())
+    os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 class TraceWriter:
     """Appends routing decisions to a file. Not safe from several threads at once."""
 
@@ -54,6 +71,7 @@ class TraceWriter:
         self._calls = [0] * len(header["experts"])
         self._names = [str(e) for e in range(max(header["experts"], default=0))]
         self._file: IO[str] | None = open(path, "w", buffering=BUFFER, encoding="utf-8", newline="\n")  # noqa: SIM115
+        _writers.add(self)
         self._put(json.dumps(header, separators=(",", ":")) + "\n")
 
     def write(self, layer: int, chosen: np.ndarray, cold: bool) -> None:
