@@ -17,9 +17,10 @@ constexpr int kWindow = 28;  // symbols that 8 bytes hold from any symbol on
 
 typedef tq_qmoe_matrix Matrix;
 
+// By bytes: what comes from a record need not be aligned, and a copy from a typed pointer says that it is.
 uint32_t load32(const uint32_t* p) {
   uint32_t v;
-  std::memcpy(&v, p, sizeof v);
+  std::memcpy(&v, reinterpret_cast<const uint8_t*>(p), sizeof v);
   return v;
 }
 
@@ -70,7 +71,7 @@ void row_values(const Matrix& m, int64_t row, float* value) {
   value[0] = value[3] = 0.0f;
   for (int s = 1; s < m.levels; ++s) {
     uint16_t half;
-    std::memcpy(&half, m.values + row * (m.levels - 1) + s - 1, sizeof half);
+    std::memcpy(&half, reinterpret_cast<const uint8_t*>(m.values + row * (m.levels - 1) + s - 1), sizeof half);
     const uint32_t bits = static_cast<uint32_t>(half) << 16;
     std::memcpy(value + s, &bits, sizeof bits);
   }

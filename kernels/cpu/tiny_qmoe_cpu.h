@@ -1,5 +1,6 @@
 // The C interface of the library; tiny_qmoe_mlx/native.py binds it and checks every size that the caller promises here.
-// Functions that can fail return 0, or a tq_error. Buffers need no alignment.
+// Functions that can fail return 0, or a tq_error. What comes from a file (records, pools, weights, codewords, words,
+// offsets and values of a qmoe matrix) needs no alignment; other arrays have that of their elements.
 #pragma once
 #include <stdint.h>
 
@@ -56,9 +57,9 @@ TQ_API int tq_affine_qmv(const uint32_t* weights, const float* scales, const flo
                          int64_t columns, const float* x, int tokens, float* y);
 
 // A matrix of the qmoe codec. offsets u32 [rows + 1], codewords before each row; values u16 [rows][levels - 1],
-// bfloat16; codes, `codewords` of `bits` bits (8, 12, 16) each. Codeword c < entries stands for the symbols starts[c]
-// to starts[c + 1] - 1, two bits each, 16 a word, and 8 bytes of zeros follow them. A row's codewords stand for
-// `columns` symbols at least, for `reach` at most, and those beyond the columns are 0.
+// bfloat16 and finite; codes, `codewords` of `bits` bits (8, 12, 16) each. Codeword c < entries stands for the symbols
+// starts[c] to starts[c + 1] - 1, two bits each, 16 a word, and 8 bytes of zeros follow them. A row's codewords stand
+// for `columns` symbols at least, for `reach` at most, and those beyond the columns are 0.
 typedef struct {
   const uint32_t* offsets;
   const uint16_t* values;
