@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tiny_qmoe_mlx import disk_reads, terminal
+from tiny_qmoe_mlx import disk_errors, disk_reads, terminal
 from tiny_qmoe_mlx.errors import FormatError
 
 ARRAYS = {
@@ -91,16 +91,16 @@ def test_reads_that_give_little_at_a_time():
 
 
 def test_an_error_of_the_system_names_the_file():
-    with pytest.raises(OSError) as found, disk_reads.named("some/file"):
+    with pytest.raises(OSError) as found, disk_errors.named("some/file"):
         raise OSError(errno.EIO, "Input/output error")
     assert terminal.sentence(found.value) == "[some/file] Input/output error"
-    with pytest.raises(OSError) as found, disk_reads.named("other"), disk_reads.named("one"):
+    with pytest.raises(OSError) as found, disk_errors.named("other"), disk_errors.named("one"):
         raise OSError(errno.ENOSPC, "[one] the disk is full")
     assert terminal.sentence(found.value) == "[one] the disk is full"
 
 
 def test_what_mlx_cannot_read_names_the_directory():
-    with pytest.raises(OSError, match=r"\[hf\] its weights could not be read"), disk_reads.weights_of("hf"):
+    with pytest.raises(OSError, match=r"\[hf\] its weights could not be read"), disk_errors.weights_of("hf"):
         raise RuntimeError("[read] Unable to read from file.")
-    with pytest.raises(RuntimeError, match="another"), disk_reads.weights_of("hf"):
+    with pytest.raises(RuntimeError, match="another"), disk_errors.weights_of("hf"):
         raise RuntimeError("another")

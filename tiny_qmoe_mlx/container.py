@@ -17,7 +17,8 @@ import numpy as np
 import xxhash
 
 from tiny_qmoe_mlx import config_file, model_file, plain_files, safetensors_header
-from tiny_qmoe_mlx.disk_reads import named, read_array
+from tiny_qmoe_mlx.disk_errors import named
+from tiny_qmoe_mlx.disk_reads import read_array
 from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.spec import (
     ALIGNMENTS,

@@ -4,10 +4,7 @@ A mapped file whose disk fails, or that is cut short while it is in use, ends th
 gives fewer numbers without a word.
 """
 
-import contextlib
-import errno
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,42 +12,10 @@ from typing import Any
 import numpy as np
 
 from tiny_qmoe_mlx import safetensors_header
+from tiny_qmoe_mlx.disk_errors import named
 from tiny_qmoe_mlx.errors import FormatError
 
 NUMPY = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
-
-
-@contextlib.contextmanager
-def named(path: str | Path) -> Iterator[None]:
-    """Errors of the system get the name of the file that they come from, where they have none."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None and str(error.strerror)[:1] != "[":
-            error.filename = str(path)
-        raise
-
-
-def is_disk(error: BaseException) -> bool:
-    """Whether a disk failed, and not what lies on it."""
-    by_mlx = isinstance(error, RuntimeError) and "[read]" in str(error)
-    return by_mlx or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))
-
-
-@contextlib.contextmanager
-def weights_of(directory: str | Path) -> Iterator[None]:
-    """MLX reads weights when it computes with them: where that fails, an OSError names the directory.
-
-    Raises:
-        OSError: EIO.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_disk(error):
-            raise
-        sentence = f"[{directory}] its weights could not be read; check the disk, or copy the model to another"
-        raise OSError(errno.EIO, sentence) from error
 
 
 def read_array(path: Path, dtype: str, count: int, offset: int) -> np.ndarray:
@@ -92,9 +57,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FormatError: the header is damaged, or does not fit the file.
         OSError: it cannot be read; with its name.
     """
-    with named(path):
-        header, data = safetensors_header.read(path, str(path))
-        base = path.stat().st_size - data
+    header, data = safetensors_header.read(path, str(path))
+    base = path.stat().st_size - data
     safetensors_header.check_tensors(header, data, str(path))
     words = header.pop("__metadata__", {})
     tensors = {n: Tensor(e["dtype"], tuple(e["shape"]), base + e["data_offsets"][0]) for n, e in header.items()}

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import models
-from tiny_qmoe_mlx.disk_reads import weights_of
+from tiny_qmoe_mlx.disk_errors import weights_of
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.masked_spans import refuse
 

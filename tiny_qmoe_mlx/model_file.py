@@ -7,7 +7,7 @@ never runs it, and a directory that names another, or has another text in it, is
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx.disk_reads import named
+from tiny_qmoe_mlx.disk_errors import named
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import AGAIN, CONFIG
 

@@ -24,7 +24,7 @@ from tiny_qmoe_mlx import footprint, ops, plain_files, probes, process, qmoe_pro
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
-from tiny_qmoe_mlx.disk_reads import is_disk, weights_of
+from tiny_qmoe_mlx.disk_errors import is_disk, weights_of
 from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind

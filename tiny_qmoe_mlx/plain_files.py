@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tiny_qmoe_mlx.disk_reads import named
+from tiny_qmoe_mlx.disk_errors import named
 from tiny_qmoe_mlx.errors import FormatError
 
 MOST_WORDS = 1 << 27  # of a file that is read whole (tokenizers, templates, configs); the largest known has 33 MB

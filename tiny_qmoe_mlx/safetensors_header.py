@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tiny_qmoe_mlx.disk_errors import named
 from tiny_qmoe_mlx.errors import FormatError, shown
 
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library allows
@@ -43,7 +44,7 @@ def read(file: Path, where: str) -> tuple[dict[str, Any], int]:
         FormatError: it is longer than the file, or no JSON object.
         OSError: it cannot be read.
     """
-    with open(file, "rb") as opened:
+    with named(file), open(file, "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
         most = min(MOST_HEADER, size - 8)

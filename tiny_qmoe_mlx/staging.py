@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tiny_qmoe_mlx.disk_reads import named
+from tiny_qmoe_mlx.disk_errors import named
 
 MANIFEST = "tiny_qmoe_manifest.json"
 PLAN, STATE, TOKENS = "conversion.json", "state.safetensors", "calibration.npy"

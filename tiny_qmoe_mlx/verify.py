@@ -29,7 +29,8 @@ from tiny_qmoe_mlx.container import (
     read_manifest,
     record_checksums,
 )
-from tiny_qmoe_mlx.disk_reads import named, read_array, read_into
+from tiny_qmoe_mlx.disk_errors import named
+from tiny_qmoe_mlx.disk_reads import read_array, read_into
 from tiny_qmoe_mlx.errors import FormatError
 
 BITS_TOLERANCE = 1e-3  # of the bits that config.json states: it may be rounded

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from tiny_qmoe_mlx import model_file
 from tiny_qmoe_mlx.conversion import layerwise
-from tiny_qmoe_mlx.disk_reads import is_disk
+from tiny_qmoe_mlx.disk_errors import is_disk
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import ModelSpec

@@ -26,7 +26,7 @@ from tiny_qmoe_mlx.conversion.planning import plan_layers
 from tiny_qmoe_mlx.conversion.qmoe import settle_finished
 from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.conversion.text import calibration_tokens, can_write
-from tiny_qmoe_mlx.disk_reads import weights_of
+from tiny_qmoe_mlx.disk_errors import weights_of
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.hub.shards import SourceShards
