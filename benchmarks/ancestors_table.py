@@ -32,7 +32,7 @@ FEED_FORWARD, LAYERS, ALL = "feed-forward", "decoder layers", "all matrices"
 Conversion = tuple[str, dict[str, Any]]  # what is coded, and options of `convert`
 CONVERTED: dict[str, Conversion] = {
     "QMoE ternary, dictionary": (FEED_FORWARD, {"codec": "qmoe", "bits": 1.5}),
-    **{f"trellis {bits:g}": (FEED_FORWARD, directories.trellis(bits)) for bits in TRELLIS},
+    **{f"trellis {bits:g}": (FEED_FORWARD, {"bits": bits}) for bits in TRELLIS},
     **{
         f"8 bits, a scale for {name}, {coder}": (LAYERS, {"codec": "tiny-qmoe", "group": group, "coder": coder})
         for name, group in GROUPS.items()
