@@ -39,7 +39,7 @@ def show(extent: Extent) -> dict[str, Any]:
 def rows(source: Original, asked: tuple[float, ...]) -> Iterator[dict[str, Any]]:
     """A row for each rate: bytes, quality, and a streamed run beside one from memory."""
     for bits in asked:
-        model = directories.converted(source, f"trellis {bits:g}", directories.trellis(bits))
+        model = directories.converted(source, f"trellis {bits:g}", {"bits": bits})
         line = ("--model", model, "--against", source.directory, "--text", source.held_out)
         scores = command("evaluate", *line, "--tokens", source.sample.held_out.size)
         found = {"asked": bits, **directories.measured_bytes(model), "kl": scores["kl_mean"], "top1": scores["top1"]}

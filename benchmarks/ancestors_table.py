@@ -32,7 +32,7 @@ FEED_FORWARD, LAYERS, ALL = "feed-forward", "decoder layers", "all matrices"
 Conversion = tuple[str, dict[str, Any]]  # what is coded, and options of `convert`
 CONVERTED: dict[str, Conversion] = {
     "QMoE ternary, dictionary": (FEED_FORWARD, {"codec": "qmoe", "bits": 1.5}),
-    **{f"trellis {bits:g}": (FEED_FORWARD, directories.trellis(bits)) for bits in TRELLIS},
+    **{f"trellis {bits:g}": (FEED_FORWARD, {"bits": bits}) for bits in TRELLIS},
     **{
         f"8 bits, a scale for {name}, {coder}": (LAYERS, {"codec": "tiny-qmoe", "group": group, "coder": coder})
         for name, group in GROUPS.items()
@@ -43,7 +43,7 @@ CONVERTED: dict[str, Conversion] = {
 BFLOAT16, AFFINE = "mlx-lm, bfloat16 computed in float32", "mlx-lm, affine 4 bits"
 PLAIN = (BFLOAT16, AFFINE)
 GROUP_SIZE, AFFINE_BITS = 64, 4
-CONTEXT = 512
+CONTEXT, TOKENS = 512, 8
 
 
 def show(extent: Extent) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def show(extent: Extent) -> dict[str, Any]:
     chosen = {n: c for n, c in CONVERTED.items() if not quick or not n.startswith("trellis") or n == "trellis 2"}
     with tempfile.TemporaryDirectory() as scratch, blas.shared_machine():
         source = directories.original("SmolLM2-135M", extent.folder or Path(scratch), extent)
-        rows = [*feed_forward(source), *whole(source, chosen, *((3, 8) if quick else (5, 16)))]
+        rows = [*feed_forward(source), *whole(source, chosen, 3 if quick else 5, TOKENS)]
     print_rows(rows)
     found = {"rows": rows, "equal": list(equal_quality(rows))}
     print("\n".join(map(sentence, found["equal"])), flush=True)

@@ -22,7 +22,7 @@ from tiny_qmoe_mlx.codecs import tuples
 from tiny_qmoe_mlx.container import open_model, sizes
 from tiny_qmoe_mlx.convert import convert
 
-TRELLIS = (1.0, 1.5, 2.0, 3.0, 4.0)
+TRELLIS = (1.0, 2.0, 3.0, 4.0)
 LOADERS: dict[str, tuple[Callable[[], Dense], Callable[[Path], Path]]] = {
     "SmolLM2-135M": (dense_llama.load, dense_checkpoint.write),
     "Gemma-3-270m": (dense_gemma.load, dense_gemma_checkpoint.write),
@@ -62,11 +62,6 @@ def original(name: str, folder: Path, extent: Extent) -> Original:
     for file, windows in zip(files, parts.values(), strict=True):
         file.write_text("".join(model.tokenizer.decode(ids.tolist()) for ids in windows))
     return Original(directory, model, sample, *files)
-
-
-def trellis(bits: float) -> dict[str, Any]:
-    """Options of `convert` as bench_quality.py's rows are made."""
-    return {"bits": bits, "layer_rates": True}
 
 
 def converted(source: Original, name: str, options: dict[str, Any]) -> Path:

@@ -90,7 +90,7 @@ def test_kl_orders_the_methods(rows):
 
 
 def test_bytes_are_those_on_the_disk(source, rows):
-    out = dense_directories.converted(source, "trellis 2", dense_directories.trellis(2.0))
+    out = dense_directories.converted(source, "trellis 2", {"bits": 2.0})
     weights = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     experts = sum(f.stat().st_size for f in out.glob("model-experts-*.safetensors"))
     assert rows["trellis 2"]["model_mb"] == weights / 1e6 and rows["trellis 2"]["coded_mb"] == experts / 1e6
@@ -133,5 +133,5 @@ def test_equal_quality_says_so_only_where_it_is_reached():
 
 
 def test_a_dense_model_streams_in_the_smallest_budget(source):
-    found = dense.streamed(dense_directories.converted(source, "equal layers", {"bits": 2.0}))
+    found = dense.streamed(dense_directories.converted(source, "trellis 2", {"bits": 2.0}))
     assert found["same_tokens"] and found["pool_mb"] < found["experts_mb"] and found["mb_a_token"] > 0

@@ -270,8 +270,9 @@ def test_a_damaged_record_is_named(made, tmp_path):
         models.load(directory, memory=budget(directory, 1), context=512)
 
 
-def test_the_gpus_product_is_asked_for_any_number_of_tokens(made):
+def test_a_gpu_takes_few_tokens_straight_from_codewords_and_writes_matrices_out_for_many(made):
     opened = container.open_model(made("dictionary"))
     kind = conversion_layer.expert_kind(opened.spec.layers[0], opened.spec, None)
-    assert ops.gpu_from_records(5000, 8, 8, kind) and not ops.from_records(1, kind)
+    assert ops.gpu_from_records(8, 8, 8, kind) and not ops.gpu_from_records(5000, 8, 8, kind)
+    assert not ops.from_records(1, kind)
     assert ops.gpu_group_size(kind) > 8 and ops.gpu_rotate(mx.zeros((1, 64)), kind).shape == (1, 64)
