@@ -370,7 +370,7 @@ def test_configs_that_are_refused(made, tmp_path, changes, message):
 def test_a_pickled_checkpoint_is_refused_with_what_to_do(made, tmp_path):
     source = shutil.copytree(made("trellis")[0], tmp_path / "hf")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(FormatError, match="it has pytorch_model.*bin: load it with transformers and save_pretrained"):
+    with pytest.raises(FormatError, match="if the checkpoint has pytorch_model.*bin, load it with transformers"):
         checkpoint.load_lazy(source)
 
 
