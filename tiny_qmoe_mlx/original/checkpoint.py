@@ -96,8 +96,8 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
         model, config = load_model(directory, lazy=True, get_model_classes=classes)
     except FileNotFoundError as error:
         raise FormatError(
-            f"[model] {directory} should hold model*.safetensors and does not; if the checkpoint has pytorch_model*.bin, "
-            "load it with transformers and save_pretrained it."
+            f"[model] {directory} should hold model*.safetensors and does not; if the checkpoint has "
+            "pytorch_model*.bin, load it with transformers and save_pretrained it."
         ) from error
     except MemoryError:
         raise
