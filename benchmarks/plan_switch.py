@@ -4,8 +4,8 @@
 
 Nothing of it is downloaded, and it was never run: sizes are those of its config, by the arithmetic that `plan` does,
 beside what QMoE (2310.16795) reports. Times: a token's are forecast for this machine from probes with noise of the
-model's shapes; a conversion's are those of whole experts of its shape, routed as many tokens as 64 x 568 tokens give
-each of its 2048 on average.
+model's shapes; a conversion's are the CPU's for whole experts of its shape, each routed as many tokens as 64 x 568 give
+one of 2048 on average.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def case(settings: Settings, disk_rate: float, probe: bool) -> dict[str, Any]:
 
 
 def conversion_seconds(settings: Settings, experts: int = 2) -> float:
-    """Seconds to quantize and code one expert of the model's shape, weights and inputs being noise."""
+    """Seconds of a core to quantize and code one expert of the model's shape, weights and inputs being noise."""
     rng = np.random.default_rng(0)
     (width, hidden), _ = C2048
     module = SwitchMLP(hidden, width, experts, nn.ReLU())
@@ -109,22 +109,32 @@ def conversion_seconds(settings: Settings, experts: int = 2) -> float:
     chosen = np.arange(len(x), dtype=np.int32)[:, None] % (LAYER_TOKENS // TOKENS)
     tokens = LayerTokens(x, chosen, np.full(chosen.shape, 0.5, np.float32), corrected=settings.codec != "qmoe")
     kind = expert_kind(layer, spec, module.activation)
-    start = time.perf_counter()
+    start = time.process_time()
     if settings.codec == "qmoe":
         count = sum(1 for _ in qmoe_records(found, kind, tokens))
     else:
         count = sum(1 for _ in compressed_records(found, layer, kind, tokens))
-    return (time.perf_counter() - start) / count
+    return (time.process_time() - start) / count
 
 
 def show(cases: dict[str, dict[str, Any]], parameters: int) -> None:
     """Print the plan beside the paper's figures."""
-    header = ["", "bits", "GB on disk", "least memory", "all in memory", "MB a token", "tokens/s", "days to convert"]
+    header = [
+        "",
+        "bits",
+        "GB on disk",
+        "least memory",
+        "all in memory",
+        "MB a token",
+        "tokens/s",
+        "core-days to convert",
+    ]
     rows = [["bfloat16", 16.0, 2 * parameters / 1e9, "", "", "", "", ""]]
-    rows.append(["paper: ternary, dictionary", PAPER_RATE, PAPER_DISK / 1e9, "", "", "", "", PAPER_HOURS / 24])
+    paper = f"{PAPER_HOURS / 24:.2f} of an A6000"
+    rows.append(["paper: ternary, dictionary", PAPER_RATE, PAPER_DISK / 1e9, "", "", "", "", paper])
     for name, found in cases.items():
         sizes = [found[key] / 1e9 for key in ("disk_bytes", "min_budget_bytes", "resident_budget_bytes")]
-        times = [found.get("tokens_per_s", ""), found.get("conversion_days", "")]
+        times = [found.get("tokens_per_s", ""), found.get("conversion_core_days", "")]
         rows.append([name, found["bits"], *sizes, found["bytes_per_token"] / 1e6, *times])
     print_table(header, rows)
 
@@ -142,7 +152,7 @@ def main() -> None:
     for name, settings in CASES.items():
         cases[name] = case(settings, rate, not args.quick)
         if not args.quick and name in TIMED:
-            cases[name]["conversion_days"] = conversion_seconds(settings) * experts / 86400
+            cases[name]["conversion_core_days"] = conversion_seconds(settings) * experts / 86400
     show(cases, parameters)
     if rate:
         print(f"tokens/s: every expert read anew, at {rate / 1e9:.2f} GB/s; {machine()}")

@@ -181,6 +181,7 @@ def test_an_original_that_is_read_anew_gives_the_same(here, source, converted, t
 @needs_compiler
 def test_a_report_measures_masked_spans(here, source, converted, text):
     options = ("--model", converted, "--against", source, "--report", "--window", 80, "--tokens", 40)
+    assert "--report --text A_TEXT" in (converted / "README.md").read_text()
     refused = here("evaluate", *options)
     assert refused.status == 1 and "an encoder-decoder writes no text to be measured on" in refused.err
     done = here("evaluate", *options, "--text", text)

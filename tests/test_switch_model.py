@@ -267,6 +267,13 @@ def test_a_bfloat16_checkpoint(tmp_path):
     model.close()
 
 
+@pytest.mark.parametrize("name", ["trellis", "qmoe"])
+def test_the_shortest_text_calibrates(made, tmp_path, name):
+    settings = Settings(**{**VARIANTS[name][0].__dict__, "sequences": 1, "sequence_tokens": 2})
+    directory = convert(made("trellis")[0], tmp_path / "out", settings)
+    assert open_model(directory).spec.calibration["tokens"] == 2 + masked_spans.extra(2)
+
+
 def test_codec_affine_takes_it_too(tmp_path):
     source = switch_models.write(tmp_path / "hf", d_ff=128)
     directory = convert(source, tmp_path / "out", Settings(bits=8, codec="affine", rest_bits=16))
@@ -370,7 +377,7 @@ def test_configs_that_are_refused(made, tmp_path, changes, message):
 def test_a_pickled_checkpoint_is_refused_with_what_to_do(made, tmp_path):
     source = shutil.copytree(made("trellis")[0], tmp_path / "hf")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(FormatError, match="it has pytorch_model.*bin: load it with transformers and save_pretrained"):
+    with pytest.raises(FormatError, match="if the checkpoint has pytorch_model.*bin, load it with transformers"):
         checkpoint.load_lazy(source)
 
 

@@ -55,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR|HUB_ID",
         help="a converted or original model: KL divergence from it and top-1 agreement with it",
     )
-    p.add_argument("--window", type=int, default=512, help="tokens predicted with one context (default 512)")
+    p.add_argument(
+        "--window",
+        type=int,
+        default=512,
+        help="tokens predicted with one context; of an encoder-decoder those of a text with spans masked (default 512)",
+    )
     p.add_argument("--tokens", type=int, default=8192, help="most tokens to predict (default 8192)")
     p.add_argument(
         "--report",

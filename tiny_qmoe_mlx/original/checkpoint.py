@@ -108,9 +108,10 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
     try:
         model, config = load_model(directory, lazy=True, get_model_classes=classes)
     except FileNotFoundError as error:
-        pickled = any(directory.glob("pytorch_model*.bin"))
-        what = "; it has pytorch_model*.bin: load it with transformers and save_pretrained it anew" if pickled else ""
-        raise FormatError(f"[model] {directory} should hold model*.safetensors and does not{what}.") from error
+        raise FormatError(
+            f"[model] {directory} should hold model*.safetensors and does not; if the checkpoint has "
+            "pytorch_model*.bin, load it with transformers and save_pretrained it."
+        ) from error
     except MemoryError:
         raise
     except Exception as error:  # a config that contradicts itself or the tensors trips mlx-lm in many ways

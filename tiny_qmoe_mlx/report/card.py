@@ -41,7 +41,7 @@ def card_text(
         _about(container),
         _run_text(name, PROMPTS[is_encoder_decoder(container.config)]),
         _machines(container),
-        _quality(quality),
+        _quality(quality, is_encoder_decoder(container.config)),
         "\n\n".join(f"![{Path(p).stem}]({p})" for p in pictures),
         _made(container, made),
         _limits(container),
@@ -188,11 +188,12 @@ QUALITY_ROWS = (  # label, key, format; a share is printed as a percentage
 )
 
 
-def _quality(quality: dict[str, Any]) -> str:
+def _quality(quality: dict[str, Any], encoder_decoder: bool) -> str:
     if not quality:
         return (
             "## Quality\n\nNot measured yet. This measures it, and writes it here:\n\n    python -m "
             "tiny_qmoe_mlx.evaluate --model THIS_DIRECTORY --against THE_ORIGINAL --report"
+            f"{' --text A_TEXT' if encoder_decoder else ''}"
         )
     text, kl = quality["text"], quality["kl"]
     lines = [

@@ -204,8 +204,13 @@ def measure(
     from tiny_qmoe_mlx.report import compare, tasks
 
     config = checkpoint.read_config(Path(directory))
-    if is_encoder_decoder(config):  # which answers no chats
-        extent = replace(extent, tasks=0)
+    if is_encoder_decoder(config):
+        if text is None:
+            raise BudgetError(
+                "[report] an encoder-decoder writes no text to be measured on; python -m tiny_qmoe_mlx.evaluate "
+                "--report with --text FILE measures it."
+            )
+        extent = replace(extent, tasks=0)  # of chats
     extra = masked_spans.extra(extent.window) if is_encoder_decoder(config) else 0
     context = max(extent.window + extra, tasks.CONTEXT if extent.tasks else 0)
     with blas.shared_machine():
@@ -249,11 +254,6 @@ def _windows(
         given = read_text(text, "text")
         windows = compare.windows_of(given, extent.window, extent.tokens, pair.tokenizer, config)
         return windows, {"source": text.name, **({"masked": True} if is_encoder_decoder(config) else {})}
-    if is_encoder_decoder(config):
-        raise BudgetError(
-            "[report] an encoder-decoder writes no text to be measured on; python -m tiny_qmoe_mlx.evaluate --report "
-            "with --text FILE measures it."
-        )
     if not pair.whole:
         raise BudgetError(
             "[report] the original writes the text that it is measured on, and does not fit this machine's memory "
