@@ -17,9 +17,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /
 @linux
 def test_a_load_of_seconds(served, tmp_path, monkeypatch):
     """Memory is judged by long runs alone: in seconds, buffers are still finding their size."""
-    monkeypatch.setattr(server_load, "QUESTIONS", 12)
+    monkeypatch.setattr(server_load, "QUESTIONS", 8)
     monkeypatch.setattr(server_load, "QUEUE", 8)
-    found = server_load.attack(tmp_path, served, clients=24, seconds=4, seed=3)
+    found = server_load.attack(tmp_path, served, clients=24, seconds=3, seed=3)
     assert [fault for fault in found.faults if "resident" not in fault] == []
     statuses = found.figures["answers by status"]
     assert all(f"{status}: " in statuses for status in (200, 400, 401, 413, 503)), statuses
