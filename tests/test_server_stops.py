@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,24 @@ def serving_here(model: Path, *options: object) -> Iterator[Server]:
             clients.join()
             generation.stop_and_join()
             opened.close()
+
+
+def test_more_connections_than_the_machine_can_hold_are_told_so(served, monkeypatch):
+    """Also those that have sent their request already."""
+    monkeypatch.setattr(sockets, "CONNECTIONS", 4)
+    with serving_here(served, "--context", 512) as here:
+        idle = [socket.create_connection(("127.0.0.1", here.port)) for _ in range(4)]
+        time.sleep(0.5)  # they are accepted in turn
+        for _ in range(20):
+            answer = here.open(TEXT, {"prompt": "x" * 5000})
+            assert answer.status == 503 and int(answer.getheader("Retry-After")) > 0
+            assert json.loads(answer.read())["error"]["code"] == "server_busy"
+        for connection in idle:
+            connection.close()
+        end = time.monotonic() + 60
+        while here.open("/health").status != 200:
+            assert time.monotonic() < end, "the others go on"
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
