@@ -88,6 +88,11 @@ def test_what_a_load_leaves_behind_is_found():
     assert len(server_load.grown(before, before, {**well, "tiny_qmoe_budget_bytes": 0})) == 1
 
 
+def test_a_client_that_is_starved_is_found():
+    groups = [[Reply("whole", 200, "abc")] * count for count in (30, 20, 25, 9)]
+    assert len(server_load.starved(groups)) == 1 and server_load.starved(groups[:3]) == []
+
+
 def test_ends_of_a_stop_are_told_apart():
     refused = Reply("stream", fault="ConnectionRefusedError: no")
     cut = Reply("stream", 200, fault="a stream that ends without [DONE]")
