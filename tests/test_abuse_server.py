@@ -17,9 +17,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /
 @linux
 def test_a_load_of_seconds(served, tmp_path, monkeypatch):
     """Memory is judged by long runs alone: in seconds, buffers are still finding their size."""
-    monkeypatch.setattr(server_load, "QUESTIONS", 12)
+    monkeypatch.setattr(server_load, "QUESTIONS", 8)
     monkeypatch.setattr(server_load, "QUEUE", 8)
-    found = server_load.attack(tmp_path, served, clients=24, seconds=4, seed=3)
+    found = server_load.attack(tmp_path, served, clients=24, seconds=3, seed=3)
     assert [fault for fault in found.faults if "resident" not in fault] == []
     statuses = found.figures["answers by status"]
     assert all(f"{status}: " in statuses for status in (200, 400, 401, 413, 503)), statuses
@@ -86,6 +86,11 @@ def test_what_a_load_leaves_behind_is_found():
     for change in ({"bytes": 102_000_001}, {"threads": 21}, {"files": 7}):
         assert len(server_load.grown(before, dataclasses.replace(before, **change), well)) == 1
     assert len(server_load.grown(before, before, {**well, "tiny_qmoe_budget_bytes": 0})) == 1
+
+
+def test_a_client_that_is_starved_is_found():
+    groups = [[Reply("whole", 200, "abc")] * count for count in (30, 20, 25, 9)]
+    assert len(server_load.starved(groups)) == 1 and server_load.starved(groups[:3]) == []
 
 
 def test_ends_of_a_stop_are_told_apart():

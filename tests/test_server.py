@@ -13,7 +13,7 @@ from server_process import CHAT, CONTEXT, TEXT, TOKENS, chat, least, serving
 
 import tiny_qmoe_mlx
 from tiny_qmoe_mlx import container, footprint
-from tiny_qmoe_mlx.serving import batch, schema
+from tiny_qmoe_mlx.serving import batch, handler, openapi, schema
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
 openai = pytest.importorskip("openai")
@@ -258,7 +258,16 @@ def test_what_sequences_of_a_batch_take():
     assert [batch.padded(x) for x in ([], [7], [7, 100, 30])] == [0, 7 + step, 3 * (100 + step)]
 
 
-# ---- figures and the page
+# ---- its description, figures and the page
+
+
+def test_the_description_names_every_path(live):
+    found = live.get("/openapi.json")
+    assert found == json.loads(json.dumps(openapi.DESCRIPTION)) and found["openapi"].startswith("3.1")
+    named = {path.replace("{model}", "x"): [m.upper() for m in item] for path, item in found["paths"].items()}
+    assert sorted(named) == sorted([*handler.COMPLETIONS, *handler.OWN, "/", "/v1/models/x"])
+    for path, methods in named.items():
+        assert [m for m in handler.methods(path) if m not in ("HEAD", "OPTIONS")] == methods
 
 
 def test_metrics(live, served):

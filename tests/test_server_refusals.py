@@ -142,6 +142,7 @@ RAW = {
     "an endless header": (HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 431),
     "many headers": (HEAD + b"X: y\r\n" * 200 + b"\r\n", 431),
     "a bomb of long headers": (HEAD + (b"X: " + b"a" * 60_000 + b"\r\n") * 3 + b"\r\n", 431),
+    "a flood of headers": (HEAD + (b"X: " + b"a" * 60_000 + b"\r\n") * 90 + b"\r\n", 431),
     "two lengths": (HEAD + b"Content-Length: 2\r\nContent-Length: 30\r\n\r\n{}", 400),
     "a length and pieces": (HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
     "pieces": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),

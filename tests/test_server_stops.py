@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from server_process import HEAD, TEXT, TOKENS, Server, events, least, serving
 from tiny_qmoe_mlx import container
 from tiny_qmoe_mlx import server as command
 from tiny_qmoe_mlx.serving import options as serving_options
-from tiny_qmoe_mlx.serving import sockets
+from tiny_qmoe_mlx.serving import sockets, wire
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
 PROMPT, OK = "the river stone", {"prompt": "hello", "max_tokens": 2}
@@ -119,6 +121,45 @@ def serving_here(model: Path, *options: object) -> Iterator[Server]:
             clients.join()
             generation.stop_and_join()
             opened.close()
+
+
+def dribbled(here: Server, start: bytes) -> bytes:
+    """What comes back where a client sends something every now and then, and never all."""
+    with socket.create_connection(("127.0.0.1", here.port), timeout=60) as connection:
+        connection.sendall(start)
+        with suppress(OSError):
+            while not select.select([connection], [], [], 0.05)[0]:
+                connection.sendall(b"x")
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_a_request_that_dribbles_in_is_ended(served, monkeypatch):
+    """Each byte comes in time, the whole does not: a thread and a connection are worth too much."""
+    monkeypatch.setattr(wire, "HEAD_S", 1.0)
+    monkeypatch.setattr(wire, "BODY_S", 1.0)
+    with serving_here(served, "--context", 512) as here:
+        assert dribbled(here, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ") == b""
+        answer = dribbled(here, HEAD + b"Content-Length: 100000\r\n\r\n{")
+        assert answer.split(b" ")[1] == b"408" and b"should come within 1 s" in answer
+        assert here.get("/health") == {"status": "ok"}
+
+
+def test_more_connections_than_the_machine_can_hold_are_told_so(served, monkeypatch):
+    """Also those that have sent their request already."""
+    monkeypatch.setattr(sockets, "CONNECTIONS", 4)
+    with serving_here(served, "--context", 512) as here:
+        idle = [socket.create_connection(("127.0.0.1", here.port)) for _ in range(4)]
+        time.sleep(0.5)  # they are accepted in turn
+        for _ in range(20):
+            answer = here.open(TEXT, {"prompt": "x" * 5000})
+            assert answer.status == 503 and int(answer.getheader("Retry-After")) > 0
+            assert json.loads(answer.read())["error"]["code"] == "server_busy"
+        for connection in idle:
+            connection.close()
+        end = time.monotonic() + 60
+        while here.open("/health").status != 200:
+            assert time.monotonic() < end, "the others go on"
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

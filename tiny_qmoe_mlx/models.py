@@ -105,16 +105,15 @@ class Runtime:
             memory: as `load` takes it.
 
         Raises:
-            BudgetError: too small, with the smallest that works; or more experts than the pool was made for. The
-                budget is then as it was.
+            BudgetError: too small, with the smallest that works; or more than the pool was made for. It is as it was.
         """
         cpu = mx.default_device() == mx.cpu
         asked = budgets.split(self.container, budgets.parse_memory(memory), self.budget.context, cpu)
         pools = self.cache.pools.items()
         if any(asked.slots[size] > pool.slots for size, pool in pools):
+            most = f"{budgets.show(self._loaded_bytes)}, with which the model was loaded"
             raise budgets.BudgetError(
-                f"[memory] the budget should be at most {budgets.show(self._loaded_bytes)}, with which the model was "
-                f"loaded, received {memory}; load it again."
+                f"[memory] the budget should be at most {most}, received {memory}; load it again."
             )
         if ops.on_gpu() and any(pool.resident and asked.slots[size] < pool.active for size, pool in pools):
             raise budgets.BudgetError(

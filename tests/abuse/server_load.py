@@ -32,6 +32,7 @@ PROMISE = "Under load each client gets its own whole answer or a refusal that sa
 CONTEXT, QUEUE, GRACE_S = 2048, 40, 60
 CLOSE = 1e-2  # logits closer than this may change places in a batch: rounding is below 1e-4 here
 QUESTIONS = 96
+FAIR, FAIR_FROM = 0.5, 20  # the least answers of a client over the median, where that is so many
 COUNTED = "tiny_qmoe_http_responses_total"
 
 
@@ -198,7 +199,7 @@ def attack(folder: Path, model: Path, clients: int, seconds: float, seed: int, s
         replies = [reply for group in groups for reply in group]
         faults += [f"{reply.kind}: {reply.fault}" for reply in replies if reply.fault]
         faults += miscounted(before, after, replies, 1)
-        faults += grown(process, later, after)
+        faults += [*grown(process, later, after), *starved(groups)]
         ends, stop_s, status = stop_under_load(server, asked, clients)
     if ends["broken"] or status != 0 or stop_s > GRACE_S + 10:
         faults.append(f"the stop: {dict(ends)}, exit status {status} after {stop_s:.1f} s")
@@ -235,10 +236,23 @@ def grown(before: Held, after: Held, metrics: dict[str, float]) -> list[str]:
     return faults
 
 
+def answered(groups: list[list[Reply]]) -> list[int]:
+    """Whole answers of each client."""
+    return [sum(reply.text is not None for reply in group) for group in groups]
+
+
+def starved(groups: list[list[Reply]]) -> list[str]:
+    """Clients that got far less than the others."""
+    finished = answered(groups)
+    middle = statistics.median(finished)
+    few = [count for count in finished if count < FAIR * middle]
+    return [f"{few} answers of some clients, the median is {middle}"] if few and middle >= FAIR_FROM else []
+
+
 def tallied(groups: list[list[Reply]]) -> dict[str, Any]:
     """Counts of what clients got, and how evenly."""
     replies = [reply for group in groups for reply in group]
-    finished = [sum(reply.text is not None for reply in group) for group in groups]
+    finished = answered(groups)
     statuses = Counter(reply.status for reply in replies if reply.status)
     return {
         "clients": len(groups),

@@ -227,7 +227,7 @@ def grown(samples: list[Sample], settled: int) -> list[str]:
     """What changes, after `settled` tokens, by more than it may: memory from its median, counts from the first."""
     start, *later = [s for s in samples if s.tokens >= settled]
     least, most = spread([start, *later])
-    faults = [] if 1 - ALLOWED <= least and most <= 1 + ALLOWED else [f"resident: {least:.4f} to {most:.4f}"]
+    faults = [] if most <= 1 + ALLOWED else [f"resident: {least:.4f} to {most:.4f} of the median"]
     if max(s.cache_bytes for s in samples) > footprint.MLX_CACHE_BYTES:
         faults.append("MLX's cache is over its limit")
     for what, spare in (("files", 0), ("threads", 0), ("objects", 0), ("active_bytes", 1 << 20)):

@@ -248,6 +248,7 @@ class Generation(mlx_server.ResponseGenerator):
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what is under way; None where unknown."""
+        held = figures.resident_bytes()  # before the most that was held, which is then no less
         own, counters = self._runtime.stats(), self.counters
         asked, read = own["expert_hits"] + own["expert_misses"], own["bytes_read"] - self._loaded
         with self._changed:
@@ -257,7 +258,7 @@ class Generation(mlx_server.ResponseGenerator):
             **own,
             "budget_bytes": own["budget_bytes"] + self._beside,
             "pool_bytes": self.cache.pool_bytes,
-            "held_bytes": figures.resident_bytes(),
+            "held_bytes": held,
             "hit_rate": own["expert_hits"] / asked if asked else None,
             "bytes_per_token": read / counters.tokens if counters.tokens else None,
             "tokens_per_second": counters.tokens_per_second(),

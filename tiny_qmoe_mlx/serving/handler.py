@@ -12,7 +12,7 @@ import select
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from tiny_qmoe_mlx.serving.schema import Grammars
 BODY_BYTES = 4 << 20
 SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
+DRAIN_S = 2.0  # of what was no request
 PAGE = Path(__file__).parent / "page"
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 PAGES = {  # looked up once: no name from a request ever reaches the file system
@@ -311,10 +312,12 @@ class Handler(mlx_server.APIHandler):
             self.generation.counters.left()
 
     def _read_rest(self) -> None:
-        """Take what the client still sends, so that it gets to read the answer."""
-        left = min(self._unread, DRAIN_BYTES)
-        while left > 0 and (data := self.rfile.read1(min(left, 1 << 16))):
-            left -= len(data)
+        """Take what the client still sends, so that it gets to read the answer; it is told that this is all."""
+        with suppress(OSError):  # it has been answered, whatever becomes of the rest
+            self.connection.shutdown(socket.SHUT_WR)
+            left = min(self._unread, DRAIN_BYTES)
+            while left > 0 and (data := self.rfile.read1(min(left, 1 << 16))):
+                left -= len(data)
 
     def _send_page(self, name: str, kind: str) -> None:
         self._send((PAGE / name).read_bytes(), kind, more={"Content-Security-Policy": POLICY})
@@ -333,7 +336,9 @@ class Handler(mlx_server.APIHandler):
             self.wfile.write(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the HTTP library refuses by itself."""
+        """What the HTTP library refuses by itself; how much is still to come is not known."""
+        self._unread = DRAIN_BYTES
+        self._received.allow(DRAIN_S, 2 * DRAIN_BYTES)
         self._refuse(Refused(code, message or "the request is not HTTP as this server speaks it."))
         self.close_connection = True
 

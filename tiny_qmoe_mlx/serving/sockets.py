@@ -5,6 +5,8 @@ import json
 import logging
 import socket
 import threading
+import time
+from collections import deque
 from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from tiny_qmoe_mlx.serving.refusal import Refused
 
 CONNECTIONS = 512
+LEAVING, LEAVING_S = 128, 2.0  # connections turned away that may still read why, and for how long
 log = logging.getLogger("tiny_qmoe_mlx.server")
 
 
@@ -27,6 +30,7 @@ class Server(ThreadingHTTPServer):
             ValueError: the host is none of this machine's; the port is in use, or may not be used.
         """
         self._free = threading.BoundedSemaphore(CONNECTIONS)
+        self._leaving: deque[tuple[float, socket.socket]] = deque()
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = found[0]
@@ -63,7 +67,19 @@ class Server(ThreadingHTTPServer):
         request.settimeout(0)
         with suppress(OSError):
             request.send(f"{head}\r\nRetry-After: 5\r\n\r\n{body}".encode())
-        self.shutdown_request(request)
+            request.shutdown(socket.SHUT_WR)
+        # closed now, with its request unread, the connection would be reset under the answer
+        self._leaving.append((time.monotonic() + LEAVING_S, request))
+
+    def service_actions(self) -> None:
+        """Between connections: close those that have had time to read why they were turned away."""
+        while self._leaving and (len(self._leaving) > LEAVING or self._leaving[0][0] < time.monotonic()):
+            self.close_request(self._leaving.popleft()[1])
+
+    def server_close(self) -> None:
+        super().server_close()
+        for _, request in self._leaving:
+            self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What a connection's thread could not say to its client."""
