@@ -40,13 +40,13 @@ class Target:
 
 
 TARGETS = {
-    "trellis": Target("trellis", 8192, 0.4),
-    "products": Target("products", 8192, 0.2),
-    "products_threads": Target("products", 2048, 0.01, threads=3),
-    "qmoe": Target("qmoe", 1024, 0.13),
-    "rans": Target("rans", 1024, 0.1),
-    "affine": Target("affine", 1024, 0.16),
-    "encoder": Target("encoder", 2052, 0.0004),
+    "trellis": Target("trellis", 8192, 0.575),
+    "products": Target("products", 8192, 0.13),
+    "products_threads": Target("products", 2048, 0.0049, threads=3),
+    "qmoe": Target("qmoe", 1024, 0.05),
+    "rans": Target("rans", 1024, 0.04),
+    "affine": Target("affine", 1024, 0.2),
+    "encoder": Target("encoder", 2052, 0.0001),
 }
 
 
