@@ -55,15 +55,15 @@ def earlier_crashes(source: str) -> list[Path]:
     return sorted(CRASHES.glob(f"native_{source}_*"))
 
 
-def run(name: str, folder: Path, executions: int, seconds: int = 0, seed: int = 1) -> Found:
+def run(name: str, folder: Path, executions: int, seed: int = 1, program: Path | None = None) -> Found:
     """Fuzz one target.
 
     Args:
         name: of native_build.TARGETS.
         folder: of inputs; what reaches something new is added to it.
         executions: at most; 0 only replays the folder.
-        seconds: at most, besides; 0 for no limit.
         seed: of the mutations.
+        program: what native_build.build made; None builds it.
     """
     target = native_build.TARGETS[name]
     prefix = CRASHES / f"native_{target.source}_"
@@ -71,7 +71,6 @@ def run(name: str, folder: Path, executions: int, seconds: int = 0, seed: int = 
     before = set(CRASHES.glob(f"{prefix.name}*"))
     options = {
         "runs": executions,
-        "max_total_time": seconds,
         "seed": seed,
         "max_len": target.largest,
         "timeout": INPUT_SECONDS,
@@ -80,7 +79,11 @@ def run(name: str, folder: Path, executions: int, seconds: int = 0, seed: int = 
         "print_final_stats": 1,
         "verbosity": 1,
     }
-    command = [str(native_build.build(name)), *(f"-{option}={value}" for option, value in options.items()), str(folder)]
+    command = [
+        str(program or native_build.build(name)),
+        *(f"-{option}={value}" for option, value in options.items()),
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     crashes = sorted(set(CRASHES.glob(f"{prefix.name}*")) - before)
     if done.returncode and not crashes:
@@ -157,9 +160,10 @@ def main() -> int:
     figures |= {
         f"{name}: branches, features": f"{f.branches}, {f.features}" for name, f in zip(parts, found, strict=True)
     }
+    every = len(parts) == len(native_build.TARGETS)
     record.keep(
         1,
-        "fuzz_native",
+        "fuzz_native" if every else "_".join(["fuzz_native", *parts]),
         "No bytes make the C++ library read or write outside, or decode a wrong weight.",
         "abuse.fuzz_native",
         time.monotonic() - start,

@@ -34,7 +34,8 @@ Options options_of(Input* in) {
   for (int64_t p = 0; p < picks; ++p) {
     const uint32_t pick = in->byte();
     o.offsets.push_back(pick & 128 ? o.second : pick & 64 ? -1 + static_cast<int64_t>(pick & 1) : 0);
-    o.rows_of.push_back(pick == 255 ? -1 : static_cast<int32_t>(pick % 32 % o.tokens));
+    const int64_t row = pick == 255 ? -1 : pick == 254 ? o.tokens : pick % 32 % o.tokens;
+    o.rows_of.push_back(static_cast<int32_t>(row));
   }
   return o;
 }
@@ -133,10 +134,17 @@ const std::vector<slow::Matrix>* sound_record(const Pool& pool, const Options& o
   return found.empty() || o.offsets[pick] < 0 ? nullptr : &found;
 }
 
-// What of the arguments and the records fits together as the C interface says; only of records that are all sound.
+bool in_range(const Pool& pool, const Options& o) {
+  for (size_t p = 0; p < o.offsets.size(); ++p) {
+    if (o.rows_of[p] < 0 || o.rows_of[p] >= o.tokens) return false;
+    if (o.offsets[p] < 0 || o.offsets[p] >= pool.bytes.size()) return false;
+  }
+  return true;
+}
+
 bool all_sound(const Pool& pool, const Options& o) {
   for (size_t p = 0; p < o.offsets.size(); ++p) {
-    if (o.rows_of[p] < 0 || o.offsets[p] >= pool.bytes.size() || !sound_record(pool, o, p)) return false;
+    if (!sound_record(pool, o, p)) return false;
   }
   return true;
 }
@@ -147,7 +155,9 @@ void qmv(const Pool& pool, const Options& o, int64_t rows, int64_t columns) {
   Exact<float> y(picks * rows);
   const int status = tq_gather_qmv(pool.bytes.get(), pool.bytes.size(), o.offsets.data(), picks, o.matrix, x.get(),
                                    o.tokens, columns, o.rows_of.data(), sign.get(), rows, y.get());
-  if (!all_sound(pool, o)) return;
+  const bool inside = in_range(pool, o);
+  if (!inside && status != TQ_RANGE) wrong("tq_gather_qmv gives %d for picks that there are not", status);
+  if (!inside || !all_sound(pool, o)) return;
   for (size_t p = 0; p < o.offsets.size(); ++p) {
     const std::vector<slow::Matrix>& record = *sound_record(pool, o, p);
     const bool there = o.matrix >= 0 && o.matrix < static_cast<int>(record.size());
@@ -178,7 +188,7 @@ void moe(const Pool& pool, const Options& o, const std::vector<slow::Matrix>& fi
   const int status = tq_gather_moe(pool.bytes.get(), pool.bytes.size(), o.offsets.data(), picks, x.get(), o.tokens,
                                    columns, middle, rows, o.rows_of.data(), sign.get(), sign_mid.get(), o.activation,
                                    alpha, limit, y.get());
-  if (status != TQ_OK || !all_sound(pool, o) || o.hostile) return;
+  if (status != TQ_OK || !in_range(pool, o) || !all_sound(pool, o) || o.hostile) return;
   ++compared.count;
   Exact<float> gate(picks * middle), up(picks * middle);
   for (int64_t m = 0; m < last; ++m) {
