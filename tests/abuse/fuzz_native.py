@@ -1,12 +1,15 @@
 """Coverage-guided fuzzing of the C++ library with sanitizers; what it decodes is compared with slow decoders.
 
-    PYTHONPATH=tests python -m abuse.fuzz_native [--count N] [--targets NAME ...] [--jobs N] [--keep]
+    PYTHONPATH=tests python -m abuse.fuzz_native [--count N] [--targets NAME ...] [--jobs N] [--keep] [--coverage]
 
 `--count` executions are shared among the targets of cpp/. An input that breaks a promise is written to crashes/, where
-the tests replay it for ever. `--keep` keeps in corpus/ what of the inputs found reaches something new.
+the tests replay it for ever. `--keep` keeps in corpus/ what of the inputs found reaches something new; `--coverage`
+fuzzes nothing and says which share of the lines of kernels/cpu the first inputs and corpus/ run.
 """
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +19,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from metal_cpu import toolchain
 
 from abuse import native_build, native_corpus, record
 
@@ -120,6 +125,26 @@ def keep(name: str, folder: Path) -> None:
                 archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
+def covered(names: list[str]) -> dict[str, float]:
+    """Share of the lines of each of the library's files that the corpora of some targets run, in percent."""
+    with tempfile.TemporaryDirectory() as work:
+        programs = []
+        for name in names:
+            programs.append(str(native_build.build(name, coverage=True)))
+            folder = inputs(name, Path(work) / name)
+            command = [programs[-1], "-runs=0", f"-rss_limit_mb={MOST_MIB}", str(folder)]
+            environment = {**os.environ, "LLVM_PROFILE_FILE": f"{work}/{name}.profraw"}
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+        merge = ["merge", "-o", f"{work}/all", *map(str, Path(work).glob("*.profraw"))]
+        toolchain.checked([str(toolchain.tool("llvm-profdata")), *merge])
+        objects = [programs[0], *(f"-object={program}" for program in programs[1:])]
+        command = [str(toolchain.tool("llvm-cov")), "export", "-summary-only", f"-instr-profile={work}/all", *objects]
+        command.append(str(native_build.LIBRARY))
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["data"][0]
+    figures = {Path(f["filename"]).name: f["summary"]["lines"]["percent"] for f in found["files"]}
+    return {"all": found["totals"]["lines"]["percent"], **figures}
+
+
 def fuzz(name: str, executions: int, seed: int, kept: bool) -> Found:
     """A whole run of a target, from a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -145,9 +170,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--coverage", action="store_true")
     arguments = parser.parse_args()
     if problem := native_build.unavailable():
         sys.exit(f"error: {problem}")
+    if arguments.coverage:
+        for name, percent in covered(arguments.targets).items():
+            print(f"{name}: {percent:.1f} % of lines")
+        return 0
     start, shares = time.monotonic(), {name: native_build.TARGETS[name].share for name in arguments.targets}
     parts = {name: max(1, round(arguments.count * share / sum(shares.values()))) for name, share in shares.items()}
     with ThreadPoolExecutor(arguments.jobs) as pool:
