@@ -8,15 +8,15 @@ from abuse import fuzz_native, native_build, native_corpus
 pytestmark = pytest.mark.skipif(
     bool(native_build.unavailable()), reason=native_build.unavailable() or "the fuzzers can be built"
 )
-# New inputs of each target: about a second on one core.
+# New inputs of each target: half a second on one core.
 NEW = {
-    "trellis": 20_000,
-    "products": 10_000,
-    "products_threads": 500,
-    "qmoe": 6_000,
-    "rans": 5_000,
-    "affine": 10_000,
-    "encoder": 20,
+    "trellis": 10_000,
+    "products": 4_000,
+    "products_threads": 300,
+    "qmoe": 3_000,
+    "rans": 2_000,
+    "affine": 5_000,
+    "encoder": 10,
 }
 
 
