@@ -5,7 +5,9 @@ Objects and programs are kept below the temporary folder, named by what they are
 
 import hashlib
 import os
+import platform
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,8 @@ TARGETS = {
 
 def unavailable() -> str:
     """Why the fuzzers cannot be built here; empty if they can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the fuzzers need x86-64 Linux, this is {platform.machine()} {sys.platform}"
     clang = toolchain.tool("clang++")
     if not clang:
         return f"the fuzzers need clang++-{toolchain.VERSION}: apt-get install clang-{toolchain.VERSION}"
