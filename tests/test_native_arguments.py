@@ -48,6 +48,26 @@ def test_wrong_arguments_are_refused_with_a_sentence(rng):
         assert word in str(error.value)
 
 
+def odd(array):
+    """The same numbers at an odd address."""
+    out = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    out[:] = array
+    return out
+
+
+def test_arrays_at_odd_addresses(rng):
+    """C++ reads floats at their own alignment alone: such arrays are copied, and as `out` they are refused."""
+    pool, _ = pool_of([random_record(rng, [(32, 64)])])
+    x, sign = rng.standard_normal((2, 64)).astype(np.float32), rotation.signs(0, 0, 0, 64)
+    where = np.zeros(2, np.int64), 0
+    want = native.gather_qmv(pool, *where, x, np.arange(2, dtype=np.int32), sign)
+    got = native.gather_qmv(odd(pool), *where, odd(x), odd(np.arange(2, dtype=np.int32)), odd(sign))
+    np.testing.assert_array_equal(got, want)
+    assert native._array("here", "x", odd(x), np.float32, (2, 64)).flags.aligned
+    with pytest.raises(ValueError, match="aligned"):
+        native.dequantize(pool, 0, 0, 32, odd(np.zeros((32, 64), np.float32)))
+
+
 def test_a_library_that_is_missing_is_said_to_be_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_candidates", lambda: [tmp_path / "none.so"])
     native._library.cache_clear()

@@ -87,22 +87,24 @@ def _pointer(array: np.ndarray) -> int:
 
 
 def _array(where: str, name: str, value: object, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A C-contiguous array of exactly this dtype and shape; None stands for any length."""
+    """A C-contiguous, aligned array of exactly this dtype and shape; None stands for any length."""
     if not isinstance(value, np.ndarray) or value.dtype != dtype:
         got = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise ValueError(f"[native.{where}] {name} should be a numpy array of {np.dtype(dtype)}, received {got}.")
     if value.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"[native.{where}] {name} should have shape ({wanted}), received {value.shape}.")
-    return np.ascontiguousarray(value)
+    return np.require(value, requirements="CA")
 
 
 def _output(where: str, out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     if out is None:
         return np.empty(shape, np.float32)
     _array(where, "out", out, np.float32, shape)
-    if not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError(f"[native.{where}] out should be contiguous and writable, received an array that is not.")
+    if not out.flags.carray:
+        raise ValueError(
+            f"[native.{where}] out should be contiguous, aligned and writable, received an array that is not."
+        )
     return out
 
 

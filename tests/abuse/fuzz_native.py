@@ -1,12 +1,15 @@
 """Coverage-guided fuzzing of the C++ library with sanitizers; what it decodes is compared with slow decoders.
 
-    PYTHONPATH=tests python -m abuse.fuzz_native [--count N] [--targets NAME ...] [--jobs N] [--keep]
+    PYTHONPATH=tests python -m abuse.fuzz_native [--count N] [--targets NAME ...] [--jobs N] [--keep] [--coverage]
 
 `--count` executions are shared among the targets of cpp/. An input that breaks a promise is written to crashes/, where
-the tests replay it for ever. `--keep` keeps in corpus/ what of the inputs found reaches something new.
+the tests replay it for ever. `--keep` keeps in corpus/ what of the inputs found reaches something new; `--coverage`
+fuzzes nothing and says which share of the lines of kernels/cpu the first inputs and corpus/ run.
 """
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +19,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from metal_cpu import toolchain
 
 from abuse import native_build, native_corpus, record
 
@@ -55,15 +60,15 @@ def earlier_crashes(source: str) -> list[Path]:
     return sorted(CRASHES.glob(f"native_{source}_*"))
 
 
-def run(name: str, folder: Path, executions: int, seconds: int = 0, seed: int = 1) -> Found:
+def run(name: str, folder: Path, executions: int, seed: int = 1, program: Path | None = None) -> Found:
     """Fuzz one target.
 
     Args:
         name: of native_build.TARGETS.
         folder: of inputs; what reaches something new is added to it.
         executions: at most; 0 only replays the folder.
-        seconds: at most, besides; 0 for no limit.
         seed: of the mutations.
+        program: what native_build.build made; None builds it.
     """
     target = native_build.TARGETS[name]
     prefix = CRASHES / f"native_{target.source}_"
@@ -71,7 +76,6 @@ def run(name: str, folder: Path, executions: int, seconds: int = 0, seed: int = 
     before = set(CRASHES.glob(f"{prefix.name}*"))
     options = {
         "runs": executions,
-        "max_total_time": seconds,
         "seed": seed,
         "max_len": target.largest,
         "timeout": INPUT_SECONDS,
@@ -80,7 +84,11 @@ def run(name: str, folder: Path, executions: int, seconds: int = 0, seed: int = 
         "print_final_stats": 1,
         "verbosity": 1,
     }
-    command = [str(native_build.build(name)), *(f"-{option}={value}" for option, value in options.items()), str(folder)]
+    command = [
+        str(program or native_build.build(name)),
+        *(f"-{option}={value}" for option, value in options.items()),
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     crashes = sorted(set(CRASHES.glob(f"{prefix.name}*")) - before)
     if done.returncode and not crashes:
@@ -117,6 +125,26 @@ def keep(name: str, folder: Path) -> None:
                 archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
+def covered(names: list[str]) -> dict[str, float]:
+    """Share of the lines of each of the library's files that the corpora of some targets run, in percent."""
+    with tempfile.TemporaryDirectory() as work:
+        programs = []
+        for name in names:
+            programs.append(str(native_build.build(name, coverage=True)))
+            folder = inputs(name, Path(work) / name)
+            command = [programs[-1], "-runs=0", f"-rss_limit_mb={MOST_MIB}", str(folder)]
+            environment = {**os.environ, "LLVM_PROFILE_FILE": f"{work}/{name}.profraw"}
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+        merge = ["merge", "-o", f"{work}/all", *map(str, Path(work).glob("*.profraw"))]
+        toolchain.checked([str(toolchain.tool("llvm-profdata")), *merge])
+        objects = [programs[0], *(f"-object={program}" for program in programs[1:])]
+        command = [str(toolchain.tool("llvm-cov")), "export", "-summary-only", f"-instr-profile={work}/all", *objects]
+        command.append(str(native_build.LIBRARY))
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["data"][0]
+    figures = {Path(f["filename"]).name: f["summary"]["lines"]["percent"] for f in found["files"]}
+    return {"all": found["totals"]["lines"]["percent"], **figures}
+
+
 def fuzz(name: str, executions: int, seed: int, kept: bool) -> Found:
     """A whole run of a target, from a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -142,9 +170,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--coverage", action="store_true")
     arguments = parser.parse_args()
     if problem := native_build.unavailable():
         sys.exit(f"error: {problem}")
+    if arguments.coverage:
+        for name, percent in covered(arguments.targets).items():
+            print(f"{name}: {percent:.1f} % of lines")
+        return 0
     start, shares = time.monotonic(), {name: native_build.TARGETS[name].share for name in arguments.targets}
     parts = {name: max(1, round(arguments.count * share / sum(shares.values()))) for name, share in shares.items()}
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -157,9 +190,10 @@ def main() -> int:
     figures |= {
         f"{name}: branches, features": f"{f.branches}, {f.features}" for name, f in zip(parts, found, strict=True)
     }
+    every = len(parts) == len(native_build.TARGETS)
     record.keep(
         1,
-        "fuzz_native",
+        "fuzz_native" if every else "_".join(["fuzz_native", *parts]),
         "No bytes make the C++ library read or write outside, or decode a wrong weight.",
         "abuse.fuzz_native",
         time.monotonic() - start,

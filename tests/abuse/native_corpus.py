@@ -20,6 +20,7 @@ SHAPES: list[list[tuple[int, int]]] = [
     [(33, 130)],
     [(32, 64), (64, 32)],
     [(5, 70), (5, 70), (64, 5)],
+    [(96, 40), (96, 40), (20, 96)],  # the second rotation has groups of 128
 ]
 ZEROS = (64, 102, 192, 227, 251)  # of 256: the tables that qmoe.cpp makes
 Seeds = Iterator[bytes]
@@ -39,7 +40,7 @@ def _record(rng: np.random.Generator, shapes, bias: bool, length: int, row_gain:
 def _records(rng: np.random.Generator) -> Iterator[tuple[list[tuple[int, int]], bytes]]:
     for i, shapes in enumerate(SHAPES):
         for length in trellis.LENGTHS:
-            for rate in (None, 6, 7, 1, 0):
+            for rate in (None, 6, 7, 1, 0) if shapes[0][0] < 96 else (1, 2):
                 yield shapes, _record(rng, shapes, bool(i % 2), length, bool((i + length // 2) % 2), rate)
     wide = random_record(rng, [(32, 64 * 257)], rates=[0] * 257)
     yield [(32, 64 * 257)], pool_of([wide])[0].tobytes()

@@ -190,8 +190,7 @@ def _parts(shapes: Shapes, packing: tuple[Packing, ...]) -> list[tuple[Part, Pac
 
 
 def _check_header(data: np.ndarray, planes: int, where: str) -> None:
-    words, end = data[:HEADER].view("<u4"), HEADER + ENTRY * planes
-    if len(data) < end or words[0] != MAGIC:
+    if len(data) < HEADER + ENTRY * planes or (words := data[:HEADER].view("<u4"))[0] != MAGIC:
         raise FormatError(f"[{where}] the record's header is damaged; {rans.AGAIN}.")
     if data[4] != RECORD_VERSION or data[5] != CODEC_ID or int(words[3]) != planes:
         raise FormatError(
@@ -277,7 +276,7 @@ def check_values(matrix: Matrix, where: str) -> None:
     if own.mode not in affine.OTHERS:
         affine.check_values(matrix, where)
         return
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN is invalid before it is found
         found = affine.floats(arrays["weight" if own.mode == "plain" else "scales"], own.scales) * np.float32(1)
         fine = np.isfinite(found * levels.TOP if own.mode == "levels" else found).all()
     if not fine:

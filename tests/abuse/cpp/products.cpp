@@ -34,7 +34,8 @@ Options options_of(Input* in) {
   for (int64_t p = 0; p < picks; ++p) {
     const uint32_t pick = in->byte();
     o.offsets.push_back(pick & 128 ? o.second : pick & 64 ? -1 + static_cast<int64_t>(pick & 1) : 0);
-    o.rows_of.push_back(pick == 255 ? -1 : static_cast<int32_t>(pick % 32 % o.tokens));
+    const int64_t row = pick == 255 ? -1 : pick == 254 ? o.tokens : pick % 32 % o.tokens;
+    o.rows_of.push_back(static_cast<int32_t>(row));
   }
   return o;
 }
@@ -133,10 +134,17 @@ const std::vector<slow::Matrix>* sound_record(const Pool& pool, const Options& o
   return found.empty() || o.offsets[pick] < 0 ? nullptr : &found;
 }
 
-// What of the arguments and the records fits together as the C interface says; only of records that are all sound.
+bool in_range(const Pool& pool, const Options& o) {
+  for (size_t p = 0; p < o.offsets.size(); ++p) {
+    if (o.rows_of[p] < 0 || o.rows_of[p] >= o.tokens) return false;
+    if (o.offsets[p] < 0 || o.offsets[p] >= pool.bytes.size()) return false;
+  }
+  return true;
+}
+
 bool all_sound(const Pool& pool, const Options& o) {
   for (size_t p = 0; p < o.offsets.size(); ++p) {
-    if (o.rows_of[p] < 0 || o.offsets[p] >= pool.bytes.size() || !sound_record(pool, o, p)) return false;
+    if (!sound_record(pool, o, p)) return false;
   }
   return true;
 }
@@ -147,7 +155,9 @@ void qmv(const Pool& pool, const Options& o, int64_t rows, int64_t columns) {
   Exact<float> y(picks * rows);
   const int status = tq_gather_qmv(pool.bytes.get(), pool.bytes.size(), o.offsets.data(), picks, o.matrix, x.get(),
                                    o.tokens, columns, o.rows_of.data(), sign.get(), rows, y.get());
-  if (!all_sound(pool, o)) return;
+  const bool inside = in_range(pool, o);
+  if (!inside && status != TQ_RANGE) wrong("tq_gather_qmv gives %d for picks that there are not", status);
+  if (!inside || !all_sound(pool, o)) return;
   for (size_t p = 0; p < o.offsets.size(); ++p) {
     const std::vector<slow::Matrix>& record = *sound_record(pool, o, p);
     const bool there = o.matrix >= 0 && o.matrix < static_cast<int>(record.size());
@@ -166,11 +176,21 @@ void qmv(const Pool& pool, const Options& o, int64_t rows, int64_t columns) {
   }
 }
 
+// Whether a record is a whole expert of these sizes.
+bool is_expert(const std::vector<slow::Matrix>& record, int64_t last, int64_t columns, int64_t middle, int64_t rows) {
+  if (static_cast<int64_t>(record.size()) != last + 1) return false;
+  for (int64_t i = 0; i < last; ++i) {
+    if (record[i].rows != middle || record[i].columns != columns) return false;
+  }
+  return record[last].rows == rows && record[last].columns == middle;
+}
+
 // The last matrix times activations of the library's own gate and up, which `qmv` compares.
 void moe(const Pool& pool, const Options& o, const std::vector<slow::Matrix>& first, int64_t columns) {
   const int64_t picks = static_cast<int64_t>(o.offsets.size()), last = o.activation == TQ_RELU2 ? 1 : 2;
   const slow::Matrix& down = first[std::min(first.size() - 1, static_cast<size_t>(last))];
-  const int64_t middle = down.columns, rows = down.rows;
+  const int64_t middle = o.own_columns ? first[0].rows : down.columns, rows = down.rows;
+  if (middle > kMostRows) return;
   const float alpha = 1.702f, limit = 7.0f;
   const Exact<float> x = exact(floats(o.tokens * columns, o.seed, o.hostile)), sign = signs(columns, o.seed);
   const Exact<float> sign_mid = signs(middle, o.seed + 1000);
@@ -178,7 +198,13 @@ void moe(const Pool& pool, const Options& o, const std::vector<slow::Matrix>& fi
   const int status = tq_gather_moe(pool.bytes.get(), pool.bytes.size(), o.offsets.data(), picks, x.get(), o.tokens,
                                    columns, middle, rows, o.rows_of.data(), sign.get(), sign_mid.get(), o.activation,
                                    alpha, limit, y.get());
-  if (status != TQ_OK || !all_sound(pool, o) || o.hostile) return;
+  if (!in_range(pool, o) || !all_sound(pool, o)) return;
+  bool fits = true;
+  for (size_t p = 0; p < o.offsets.size(); ++p) {
+    fits &= is_expert(*sound_record(pool, o, p), last, columns, middle, rows);
+  }
+  if (status != (fits ? TQ_OK : TQ_SHAPE)) wrong("tq_gather_moe gives %d, and its records fit: %d", status, fits);
+  if (!fits || o.hostile) return;
   ++compared.count;
   Exact<float> gate(picks * middle), up(picks * middle);
   for (int64_t m = 0; m < last; ++m) {
@@ -209,7 +235,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   int64_t shape[3] = {32, o.columns, 1};
   const int index = o.moe ? 0 : o.matrix;
   const int status = tq_record_shape(pool.bytes.get(), pool.bytes.size(), index, shape);
-  const int64_t columns = status || o.own_columns ? o.columns : shape[1];
+  const int64_t columns = status || (o.own_columns && !o.moe) ? o.columns : shape[1];
   if (columns > kMostColumns || shape[0] > kMostRows) return 0;
   for (const char* name : names) {
     use(name);
