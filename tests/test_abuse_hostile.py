@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import records
@@ -19,7 +20,7 @@ from abuse import models as tiny
 from commands import ROOT, finish, start
 from container_files import one_sentence
 
-from tiny_qmoe_mlx import container, models, native, plain_files, safetensors_header, staging
+from tiny_qmoe_mlx import config_file, container, models, native, plain_files, safetensors_header, staging
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
 
@@ -333,3 +334,21 @@ def test_read_original_refuses_code_before_mlx_lm_sees_it(bench, tmp_path):
     hostile_cases.edit("config.json", model_file="evil.py")(directory)
     with pytest.raises(FormatError, match="code of the model's own is never run here"):
         checkpoint.load_lazy(directory)
+
+
+def test_a_link_out_is_not_uploaded(noise):
+    """What it leads to would be published."""
+    from tiny_qmoe_mlx.hub.upload import Uploader
+
+    (noise / "LICENSE").symlink_to("/etc/passwd")
+    with pytest.raises(FormatError, match="'LICENSE' is a link that leaves the model's directory"):
+        Uploader.finish(Uploader.__new__(Uploader), noise)
+
+
+def test_bounds_are_beyond_every_known_model():
+    """Configs as published, and those of the families' tests, are taken as they are."""
+    known = json.loads((Path(__file__).parent / "public_models.json").read_text())
+    configs = [entry["config"] for entry in known] + [{**families.COMMON, **own} for own in families.TYPES.values()]
+    assert len(configs) > 60
+    for config in configs:
+        config_file.check(config)
