@@ -352,3 +352,12 @@ def test_bounds_are_beyond_every_known_model():
     assert len(configs) > 60
     for config in configs:
         config_file.check(config)
+
+
+def test_folders_that_nobody_reads_may_lie_in_a_model(noise):
+    for name in ("tokenizer", "original", ".cache", "vocab"):
+        (noise / name).mkdir()
+    container.open_model(noise)
+    (noise / "additional_chat_templates").mkdir()
+    with pytest.raises(FormatError, match=r"\[additional_chat_templates\] does not belong to this model"):
+        container.open_model(noise)
