@@ -95,8 +95,13 @@ def _low(name: str) -> int:
 
 def _check_bias(bias: Any, vocabulary: int) -> None:
     fits = isinstance(bias, dict) and len(bias) <= BIASES
-    if not fits or not all(k.isdecimal() and int(k) < vocabulary and _is_bias(v) for k, v in bias.items()):
+    if not fits or not all(_is_token(k, vocabulary) and _is_bias(v) for k, v in bias.items()):
         _refuse("logit_bias", f"at most {BIASES} numbers by token, each below {vocabulary}", bias)
+
+
+def _is_token(text: str, vocabulary: int) -> bool:
+    """Whether a text is the number of a token; Python refuses to read one of thousands of digits."""
+    return len(text) < 20 and text.isdecimal() and int(text) < vocabulary
 
 
 def _is_bias(value: Any) -> bool:
