@@ -361,3 +361,24 @@ def test_folders_that_nobody_reads_may_lie_in_a_model(noise):
     (noise / "additional_chat_templates").mkdir()
     with pytest.raises(FormatError, match=r"\[additional_chat_templates\] does not belong to this model"):
         container.open_model(noise)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model-1.safetensors", "a/model.safetensors", "/model.safetensors", "model\0.safetensors"]
+)
+def test_a_shard_of_another_folder_is_none(name, tmp_path):
+    """Notes of a download name files that are cut to their header."""
+    from tiny_qmoe_mlx.hub import shards
+
+    precious = tmp_path / "model-1.safetensors"
+    precious.write_bytes(b"x" * 100)
+    place = tmp_path / "shards"
+    place.mkdir()
+    facts = {"size": 100, "header": 8, "sha256": None, "git": ""}
+    notes = {"model": "a/b", "revision": "main", "shards": {name: facts}, "whole": []}
+    (place / shards.SHARDS).write_text(json.dumps(notes))
+    reader = shards.SourceShards.__new__(shards.SourceShards)
+    reader.directory, reader.hub_id, reader.revision = place, "a/b", "main"
+    with pytest.raises(FormatError, match="is damaged"):
+        reader._read_notes()
+    assert shards._is_shard("model-00001-of-00002.safetensors") and precious.read_bytes() == b"x" * 100
