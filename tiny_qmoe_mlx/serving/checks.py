@@ -10,7 +10,27 @@ from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.serving.refusal import Refused
 
 UNHEEDED = {"n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("auto", "none")}
-COUNTS, SEEDS = 1 << 31, 1 << 63  # numbers stay below
+COUNTS, SEEDS = (1 << 31) - 1, (1 << 63) - 1  # the highest
+COUNT, SHARE, PENALTY = (int, 0, COUNTS), (float, 0, 1), (float, -COUNTS, COUNTS)
+NUMBERS: dict[str, tuple[type, int, int]] = {  # whole or not, lowest, highest
+    "max_tokens": (int, 1, COUNTS),
+    "max_completion_tokens": (int, 1, COUNTS),
+    "seed": (int, 0, SEEDS),
+    "top_k": COUNT,
+    "num_draft_tokens": COUNT,
+    "top_logprobs": (int, -1, 11),
+    "repetition_context_size": COUNT,
+    "presence_context_size": COUNT,
+    "frequency_context_size": COUNT,
+    "temperature": (float, 0, COUNTS),
+    "top_p": SHARE,
+    "min_p": SHARE,
+    "xtc_probability": SHARE,
+    "xtc_threshold": SHARE,
+    "repetition_penalty": (float, 0, COUNTS),
+    "presence_penalty": PENALTY,
+    "frequency_penalty": PENALTY,
+}
 STOPS, STOP_LENGTH = 16, 256
 BIASES = 4096
 TEMPLATE_FREE = (str, bool, int, float)
@@ -69,28 +89,22 @@ def check(body: dict[str, Any], vocabulary: int) -> None:
         Refused: with the field's name.
     """
     for name, allowed in UNHEEDED.items():
-        if name in body and body[name] not in allowed:
+        if name in body and not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
             _refuse(name, f"{' or '.join(map(json.dumps, allowed))} on this server", body[name])
-    for name in ("max_tokens", "max_completion_tokens", "seed", "top_k"):
-        value = body.get(name, 1)
-        if isinstance(value, bool) or (isinstance(value, int) and value < _low(name)):
-            _refuse(name, f"a whole number of at least {_low(name)}", value)
-    for name, value in body.items():
-        if _is_number(value) and abs(value) >= (SEEDS if name == "seed" else COUNTS):
-            _refuse(name, f"less than {SEEDS if name == 'seed' else COUNTS}", value)
-    if (
-        isinstance(body.get("top_k"), int) and body["top_k"] >= vocabulary
-    ):  # a float in a range is looked for one by one
+    for name, (kind, low, high) in NUMBERS.items():
+        value = body.get(name, low)
+        fits = _is_number(value) and (kind is float or value == int(value))
+        if not fits or not low <= value <= high:
+            _refuse(name, f"a {'whole ' if kind is int else ''}number in {low} to {high}", value)
+        if name in body and kind is int:
+            body[name] = int(value)  # JSON does not tell 2.0 from 2
+    if body.get("top_k", 0) >= vocabulary:
         _refuse("top_k", f"less than the model's {vocabulary} tokens", body["top_k"])
     _check_bias(body.get("logit_bias", {}), vocabulary)
     _check_stop(body.get("stop", []))
     _check_options(body)
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
-
-
-def _low(name: str) -> int:
-    return 1 if name.startswith("max") else 0
 
 
 def _check_bias(bias: Any, vocabulary: int) -> None:
@@ -100,12 +114,11 @@ def _check_bias(bias: Any, vocabulary: int) -> None:
 
 
 def _is_token(text: str, vocabulary: int) -> bool:
-    """Whether a text is the number of a token; Python refuses to read one of thousands of digits."""
-    return len(text) < 20 and text.isdecimal() and int(text) < vocabulary
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < vocabulary
 
 
 def _is_bias(value: Any) -> bool:
-    return _is_number(value) and abs(value) < COUNTS
+    return _is_number(value) and abs(value) <= COUNTS
 
 
 def _check_stop(stop: Any) -> None:
@@ -129,6 +142,8 @@ def _check_options(body: dict[str, Any]) -> None:
     own = body.get("chat_template_kwargs", {})
     if TEMPLATE_TAKEN.intersection(own) or not all(isinstance(value, TEMPLATE_FREE) for value in own.values()):
         _refuse("chat_template_kwargs", "texts, numbers or booleans for the template's own variables", own)
+    if not all(isinstance(text, str) for text in body.get("role_mapping", {}).values()):
+        _refuse("role_mapping", "texts by role", body["role_mapping"])
     tools = body.get("tools", [])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         _refuse("tools", "a list of objects", tools)
@@ -181,10 +196,6 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _is_call(call: Any) -> bool:
-    return isinstance(call, dict) and isinstance(call.get("function"), dict)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -199,7 +210,7 @@ def _is_text(value: str) -> bool:
 
 
 def _refuse(name: str, should: str, received: Any) -> NoReturn:
-    raise Refused(400, f"{shown(name)} should be {should}, received {_show(received)}.", "invalid_value")
+    raise Refused(400, f"{name} should be {should}, received {_show(received)}.", "invalid_value")
 
 
 def _show(value: Any) -> str:
