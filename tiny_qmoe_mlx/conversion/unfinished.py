@@ -165,7 +165,10 @@ def kept_tokens(directory: Path, make: Callable[[], np.ndarray | None]) -> np.nd
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of a header that Python 2 wrote, and we never do
-                return np.load(io.BytesIO(plain_files.read(path, MOST_TOKENS)), allow_pickle=False)
+                found = np.load(io.BytesIO(plain_files.read(path, MOST_TOKENS)), allow_pickle=False)
+            if found.dtype != np.int32 or found.ndim != 2 or (found < 0).any():
+                raise ValueError("no tokens")
+            return found
         except Exception as error:  # numpy reads the header as Python's tokenizer does, which fails in ways of its own
             raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     tokens = make()
