@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import records
@@ -19,7 +20,7 @@ from abuse import models as tiny
 from commands import ROOT, finish, start
 from container_files import one_sentence
 
-from tiny_qmoe_mlx import container, models, native, plain_files, safetensors_header, staging
+from tiny_qmoe_mlx import config_file, container, models, native, plain_files, safetensors_header, staging
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
 
@@ -333,3 +334,51 @@ def test_read_original_refuses_code_before_mlx_lm_sees_it(bench, tmp_path):
     hostile_cases.edit("config.json", model_file="evil.py")(directory)
     with pytest.raises(FormatError, match="code of the model's own is never run here"):
         checkpoint.load_lazy(directory)
+
+
+def test_a_link_out_is_not_uploaded(noise):
+    """What it leads to would be published."""
+    from tiny_qmoe_mlx.hub.upload import Uploader
+
+    (noise / "LICENSE").symlink_to("/etc/passwd")
+    with pytest.raises(FormatError, match="'LICENSE' is a link that leaves the model's directory"):
+        Uploader.finish(Uploader.__new__(Uploader), noise)
+
+
+def test_bounds_are_beyond_every_known_model():
+    """Configs as published, and those of the families' tests, are taken as they are."""
+    known = json.loads((Path(__file__).parent / "public_models.json").read_text())
+    configs = [entry["config"] for entry in known] + [{**families.COMMON, **own} for own in families.TYPES.values()]
+    assert len(configs) > 60
+    for config in configs:
+        config_file.check(config)
+
+
+def test_folders_that_nobody_reads_may_lie_in_a_model(noise):
+    for name in ("tokenizer", "original", ".cache", "vocab"):
+        (noise / name).mkdir()
+    container.open_model(noise)
+    (noise / "additional_chat_templates").mkdir()
+    with pytest.raises(FormatError, match=r"\[additional_chat_templates\] does not belong to this model"):
+        container.open_model(noise)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model-1.safetensors", "a/model.safetensors", "/model.safetensors", "model\0.safetensors"]
+)
+def test_a_shard_of_another_folder_is_none(name, tmp_path):
+    """Notes of a download name files that are cut to their header."""
+    from tiny_qmoe_mlx.hub import shards
+
+    precious = tmp_path / "model-1.safetensors"
+    precious.write_bytes(b"x" * 100)
+    place = tmp_path / "shards"
+    place.mkdir()
+    facts = {"size": 100, "header": 8, "sha256": None, "git": ""}
+    notes = {"model": "a/b", "revision": "main", "shards": {name: facts}, "whole": []}
+    (place / shards.SHARDS).write_text(json.dumps(notes))
+    reader = shards.SourceShards.__new__(shards.SourceShards)
+    reader.directory, reader.hub_id, reader.revision = place, "a/b", "main"
+    with pytest.raises(FormatError, match="is damaged"):
+        reader._read_notes()
+    assert shards._is_shard("model-00001-of-00002.safetensors") and precious.read_bytes() == b"x" * 100

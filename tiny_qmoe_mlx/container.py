@@ -331,17 +331,18 @@ def check_names(directory: Path, files: dict[str, Any], layers: dict[str, LayerS
     for name in layers:
         if type(files.get(name, {}).get("header_bytes")) is not int:
             raise FormatError(f"[{name}] is named by {CONFIG} but not by {MANIFEST}; {_AGAIN}")
-    present = {p.name for p in directory.iterdir() if _is_loaded(p.name)}
+    present = {p.name for p in directory.iterdir() if _is_loaded(p)}
     experts = {n for n in files if _EXPERTS_FILE.fullmatch(n)} - set(layers)
     for name in sorted((present - set(files)) | experts):
         raise FormatError(f"[{name}] does not belong to this model, and would be loaded with it; remove it.")
 
 
-def _is_loaded(name: str) -> bool:
-    """Whether mlx-lm or transformers open a file of this name in a model's directory, whoever put it there."""
+def _is_loaded(path: Path) -> bool:
+    """Whether mlx-lm or transformers open this in a model's directory, whoever put it there."""
+    name = path.name
     if name.endswith(".safetensors"):
         return name.startswith("model")
-    return name != MANIFEST and (plain_files.is_read(name) or name in plain_files.FOLDERS)
+    return name in plain_files.FOLDERS or (name != MANIFEST and plain_files.is_read(name) and not path.is_dir())
 
 
 def check_size(directory: Path, name: str, entry: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.disk_reads import read_header
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.spec import LayerSpec
 
@@ -123,7 +123,7 @@ def _text_config(config: dict) -> dict:
             c[key] = next((c[other] for other in others if c.get(other) is not None), None)
     for key in SIZE_KEYS:
         if not isinstance(c.get(key), int | None) or (c.get(key) or 0) < 0:
-            raise FormatError(f"[config.json] {key} should be a number of at least 0, received {str(c[key])[:80]}.")
+            raise FormatError(f"[config.json] {key} should be a number of at least 0, received {shown(c[key])}.")
     return {key: value for key, value in c.items() if value is not None}
 
 

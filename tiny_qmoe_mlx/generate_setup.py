@@ -40,7 +40,7 @@ def check_tokens(directory: Path, tokenizer: TokenizerWrapper, args: argparse.Na
                 f"received {getattr(args, name)}."
             )
     for token in args.extra_eos_token:
-        number = int(token) if token.isdecimal() else tokenizer.convert_tokens_to_ids(token)
+        number = int(token) if token.isdecimal() and len(token) < 20 else tokenizer.convert_tokens_to_ids(token)
         unknown = number is None or (number == tokenizer.unk_token_id and token != tokenizer.unk_token)
         if unknown or not 0 <= number < size:
             raise ValueError(

@@ -174,8 +174,21 @@ def replay(name: str, data: bytes, root: Path) -> str:
     return judge(reader_targets.make(name, root), data)
 
 
-def start(name: str, count: int, seed: int, by_coverage: bool) -> dict[str, Any]:
-    """A target in a process of its own; what it reports."""
+def start(name: str, count: int, seed: int, by_coverage: bool, keep: Path | None = None) -> dict[str, Any]:
+    """A target in a process of its own; what it reports, or what it reported to `keep` before."""
+    kept = keep / f"{name}-{count}-{seed}.json" if keep else None
+    if kept and kept.exists():
+        return json.loads(kept.read_text())
+    begun = time.monotonic()
+    found = {**ask(name, count, seed, by_coverage), "seconds": time.monotonic() - begun}
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
+    return found
+
+
+def ask(name: str, count: int, seed: int, by_coverage: bool) -> dict[str, Any]:
+    """Start the process, and wait for its report."""
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.json"
         command = [sys.executable, "-m", "abuse.fuzz_readers", "--target", name, "--count", str(count)]
@@ -196,21 +209,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", help="one target alone, in this process, with all of --count")
     parser.add_argument("--report", type=Path, default=Path("report.json"), help=argparse.SUPPRESS)
     parser.add_argument("--no-coverage", action="store_true", help="by mutation alone, also where atheris is installed")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="go on with a run that was stopped: reports lie here")
     args = parser.parse_args(argv)
     by_coverage = importlib.util.find_spec("atheris") is not None and not args.no_coverage
     if args.target:
         run_target(args.target, args.count, args.seed, args.report, by_coverage)
         return 0
-    return run_all(args.count, args.seed, by_coverage)
+    return run_all(args.count, args.seed, by_coverage, args.keep)
 
 
-def run_all(count: int, seed: int, by_coverage: bool) -> int:
+def run_all(count: int, seed: int, by_coverage: bool, keep: Path | None) -> int:
     """Every target, its share of the inputs each; a record of it."""
     from abuse import reader_targets, record
 
-    begun = time.monotonic()
     each = -(-count // len(reader_targets.MAKERS))
-    found = {name: start(name, each, seed, by_coverage) for name in reader_targets.MAKERS}
+    found = {name: start(name, each, seed, by_coverage, keep) for name in reader_targets.MAKERS}
     broken = sum(f["broken"] for f in found.values())
     shown = {
         "inputs": sum(f["count"] for f in found.values()),
@@ -220,7 +233,9 @@ def run_all(count: int, seed: int, by_coverage: bool) -> int:
         "inputs that broke the promise": broken,
         "kept from earlier runs, and read by the tests": len(list(CRASHES.glob("*"))) if CRASHES.exists() else 0,
     }
-    record.keep(1, "fuzz_readers", PROMISE, "abuse.fuzz_readers", time.monotonic() - begun, shown, broken)
+    record.keep(
+        1, "fuzz_readers", PROMISE, "abuse.fuzz_readers", sum(f["seconds"] for f in found.values()), shown, broken
+    )
     return int(bool(broken))
 
 

@@ -202,6 +202,10 @@ def _line_tokens(line: str, tokenizer: Any, where: str) -> list[int]:
 def _text(chat: dict[str, Any], key: str, where: str) -> str:
     if type(chat.get(key)) is not str:
         raise FormatError(f'{where} "{key}" should be a text, received {str(chat.get(key))[:60]!r}.')
+    try:
+        chat[key].encode()
+    except UnicodeError:  # JSON can hold halves of surrogate pairs, which no tokenizer takes
+        raise FormatError(f'{where} "{key}" should be Unicode, it holds half of a surrogate pair.') from None
     return chat[key]
 
 

@@ -9,6 +9,7 @@ killed at any moment.
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ class CannotGoOn(FormatError):
     """An unfinished directory that this run may not touch."""
 
 
-MOST_PLAN = 1 << 26  # bytes
+MOST_PLAN, MOST_TOKENS = 1 << 26, 1 << 30  # bytes
 BEGIN_ANEW = "or remove that directory to begin anew"
 
 
@@ -162,10 +163,12 @@ def kept_tokens(directory: Path, make: Callable[[], np.ndarray | None]) -> np.nd
     path = directory / TOKENS
     if path.exists():
         try:
-            # mapped first: a header that says more than the file has is refused before any memory is asked for
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # of a header that Python 2 wrote, and we never do
-                return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+                found = np.load(io.BytesIO(plain_files.read(path, MOST_TOKENS)), allow_pickle=False)
+            if found.dtype != np.int32 or found.ndim != 2 or (found < 0).any():
+                raise ValueError("no tokens")
+            return found
         except Exception as error:  # numpy reads the header as Python's tokenizer does, which fails in ways of its own
             raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     tokens = make()

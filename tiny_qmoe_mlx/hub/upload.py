@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tiny_qmoe_mlx import plain_files
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.hub.client import HubError
 from tiny_qmoe_mlx.staging import MANIFEST, PLAN, STATE
@@ -120,9 +121,11 @@ class Uploader:
 
         Raises:
             HubError: something could not be sent.
+            FormatError: a link in the directory leaves it: what it leads to is not the model's to publish.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        plain_files.check_directory(Path(directory))
         self.wait()
         files = sorted(p for p in Path(directory).iterdir() if p.is_file() and _belongs(p.name))
         weights = [p for p in files if p.suffix == ".safetensors"]

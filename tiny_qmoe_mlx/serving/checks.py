@@ -209,7 +209,7 @@ def _is_text(value: str) -> bool:
 
 
 def _refuse(name: str, should: str, received: Any) -> NoReturn:
-    raise Refused(400, f"{shown(name)} should be {should}, received {_show(received)}.", "invalid_value")
+    raise Refused(400, f"{name} should be {should}, received {_show(received)}.", "invalid_value")
 
 
 def _show(value: Any) -> str:
