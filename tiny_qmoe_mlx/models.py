@@ -288,7 +288,7 @@ def load(
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget is too small; the text names the smallest that works.
-        ValueError: this machine's GPU computes experts wrongly, or the process is a fork of one that has loaded a model.
+        ValueError: this machine's GPU computes experts wrongly; the process is a fork of one that has loaded a model.
     """
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu

@@ -191,6 +191,7 @@ def gpu_many(
     records: metal.Records,
     kind: ExpertKind,
     dispatch: Dispatch,
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """Prefill: picks of a group of experts, each decoded once.
 
@@ -198,9 +199,10 @@ def gpu_many(
         z: (tokens, padded d), as `gpu_rotate` gives them.
         experts: int (n,), ascending.
         of, rows: int (picks,), the expert and the token of each pick, sorted by expert.
+        dtype: the model's; z's where it is not given.
 
     Returns:
-        (picks, d) in z's dtype, lazily.
+        (picks, d) of `dtype`, lazily.
     """
     if not kind.trellis:
         chosen = mx.array(of.astype(np.int32))[:, None]
@@ -208,7 +210,7 @@ def gpu_many(
     dispatch.counts[f"prefill {_gpu()}"] += 1
     place = mx.array(np.searchsorted(experts, of).astype(np.uint32))
     ids = mx.array(experts.astype(np.uint32))
-    return metal.expert_group(z, mx.array(rows.astype(np.int32)), place, ids, records, kind.for_metal)
+    return metal.expert_group(z, mx.array(rows.astype(np.int32)), place, ids, records, kind.for_metal, dtype)
 
 
 def gpu_group_size(kind: ExpertKind) -> int:
@@ -222,7 +224,7 @@ def gpu_group_size(kind: ExpertKind) -> int:
 
 
 def gpu_rotate(x: mx.array, kind: ExpertKind) -> mx.array:
-    """The inputs of `gpu_many`: x (tokens, d) rotated where the codec rotates, in x's dtype."""
+    """The inputs of `gpu_many`: x (tokens, d) rotated where the codec rotates, then in float32 for float16."""
     if not kind.trellis:
         return x
-    return metal.rotate(x, kind.for_metal.bits_in, x.dtype)
+    return metal.rotate(x, kind.for_metal.bits_in, metal.rotated_dtype(x.dtype))
