@@ -60,17 +60,7 @@ class Bench:
         model, text = ("--model", self.root / "whole"), ("--text", self.text)
         small = ("--calibration", self.text, *SMALL, self.report)
         return {
-            "convert": (
-                "convert",
-                "--hf-path",
-                self.source,
-                "--mlx-path",
-                out,
-                "--calibration",
-                self.text,
-                *SMALL,
-                self.report,
-            ),
+            "convert": ("convert", "--hf-path", self.source, "--mlx-path", out, *small),
             "generate": ("generate", *model, "--prompt", "the river " * 40, "--max-tokens", 200, "--temp", 1),
             "verify": ("verify", *model),
             "evaluate": ("evaluate", *model, *text, "--tokens", 2000, "--window", 64),
