@@ -158,6 +158,18 @@ def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit(TERMINATED)
 
 
+def check_stopped() -> None:
+    """Raise a Ctrl-C or a polite kill again that a library swallowed, as some do while they load.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: the one that came.
+    """
+    if _stopped == INTERRUPTED:
+        raise KeyboardInterrupt
+    if _stopped:
+        raise SystemExit(_stopped)
+
+
 class Bars:
     """Progress bars by callback: called with (what, done, total), one bar at a time; a context manager."""
 
@@ -166,6 +178,7 @@ class Bars:
         self._bar: Any = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        check_stopped()
         if what != self._what:
             self._close()
             many = total >= MANY
@@ -182,3 +195,5 @@ class Bars:
 
     def __exit__(self, *error: object) -> None:
         self._close()
+        if error[0] is None:
+            check_stopped()
