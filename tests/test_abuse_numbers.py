@@ -8,6 +8,7 @@ import metal_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
+import qmoe_records
 import test_coded_model as coded
 import test_qmoe_model as qmoe
 import tiny_models
@@ -15,9 +16,10 @@ from abuse import numbers as abuse
 from safetensors.numpy import save_file
 
 import tiny_qmoe_mlx
-from tiny_qmoe_mlx import models, native, verify
+from tiny_qmoe_mlx import metal, models, native, qmoe_product, verify
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.expert_kind import ExpertKind
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="needs the C++ library")
 PATHS = list(abuse.paths())
@@ -81,6 +83,43 @@ def test_a_row_that_is_not_finite_spoils_no_other(rng, name, value):
     np.testing.assert_array_equal(after[others], before[others])
     theirs = abuse.of_all(spoiled, mx.float32)[1]
     assert not np.isfinite(theirs).any() and not np.isfinite(after[1]).any(), "as in mlx-lm"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=metal_cpu.required)])
+def test_a_row_of_qmoe_that_is_not_finite_gives_nan_and_spoils_no_other(qmoe_kind, rng, gpu, value):
+    """Its products skip zeros, and most of what NaN times zero is was finite."""
+    kind, pool = qmoe_kind
+    x = rng.normal(size=(3, 70)).astype(np.float32)
+    x[0] *= 1e4
+    spoiled = x.copy()
+    spoiled[1, 5] = value
+
+    def compute(rows: np.ndarray) -> np.ndarray:
+        if not gpu:
+            return qmoe_product.expert(pool, rows, kind, 1 << 20)
+        with abuse.emulated():
+            records = metal.Records(mx.array(pool), mx.array(np.zeros(1, np.uint32)))
+            return np.array(qmoe_product.gather(mx.array(rows), mx.zeros((3, 1), mx.uint32), records, kind))[:, 0]
+
+    before, after = compute(x), compute(spoiled)
+    assert np.isfinite(before).all() and np.isnan(after[1]).all()
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+
+
+@pytest.fixture(params=qmoe_records.CODINGS[::3], ids=qmoe_records.name_of)
+def qmoe_kind(request, rng):
+    """One expert of noise: its kind, and its record."""
+    coding = request.param
+    record = qmoe_records.random_record(rng, coding, bias=True)
+    shapes = qmoe_records.SHAPES
+    matrices = tuple((name, *shape) for name, shape in zip(("gate_proj", "up_proj", "down_proj"), shapes, strict=True))
+    kind = ExpertKind(matrices, True, 12, 0, 0, abuse_activation, coding=coding)
+    return kind, record
+
+
+def abuse_activation(up: mx.array, gate: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
 
 
 # ---- whole models
