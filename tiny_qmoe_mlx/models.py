@@ -102,7 +102,7 @@ class Runtime:
         Raises:
             ValueError: this is a fork of the process that the model was loaded in.
         """
-        process.enter("model")
+        process.refuse_fork("model")
         cache, around = self.cache, self.memory.around
         return {
             "budget_bytes": self.budget.budget_bytes,

@@ -1,8 +1,8 @@
 """What a layer of experts computes from qmoe records: one expert at a time on the CPU, straight from the codewords for
 a few tokens; on a GPU by kernels/qmoe_gather_qmv.metal.
 
-Products of codewords visit no weight that is zero; a row with NaN or infinity gives NaN all the same, as in mlx-lm: zero
-times that is NaN.
+Products of codewords visit no weight that is zero; a row with NaN or infinity gives NaN all the same, as in mlx-lm,
+where zero times that is NaN.
 
 Records are bytes that `check_record` has passed.
 """
