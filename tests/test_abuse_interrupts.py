@@ -1,7 +1,10 @@
 """Signals at random moments: a short run of abuse/interrupts.py; slow, the commands and signals that it leaves out."""
 
+import signal
 import sys
+import time
 
+import commands
 import pytest
 from abuse import interrupts as abuse
 
@@ -24,6 +27,17 @@ def bench(tmp_path_factory):
 def test_a_signal_ends_a_command(bench, interruptible, seed):
     words = abuse.play(bench, seed)
     assert words.startswith(QUICK.get(seed, ""))
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "server", "plan", "verify", "convert", "evaluate", "doctor"])
+def test_ctrl_c_while_a_command_is_imported_is_quiet(interruptible, command):
+    """Python's traceback came of it."""
+    child = commands.start(command, *(["--help"] if command == "doctor" else ["--model", "x"]))
+    while child.poll() is None and not any("libtiny_qmoe_blas" in line for line in commands.mapped(child.pid)):
+        time.sleep(0.0005)
+    child.send_signal(signal.SIGINT)
+    done = commands.finish(child)
+    assert "Traceback" not in done.err and (done.status in commands.INTERRUPTED or done.status == 0), done
 
 
 def test_what_is_not_allowed_is_seen(bench, interruptible, monkeypatch):

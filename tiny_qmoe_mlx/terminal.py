@@ -124,7 +124,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     global _stopped
     argv, _stopped = sys.argv[1:] if argv is None else argv, 0
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell runs this in the background
+    # not where a shell runs this in the background; the system's own since the package was imported (__init__.py)
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
         signal.signal(signal.SIGINT, _stop)
     try:
         status = main(argv)
