@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 
+import metal_cpu
 import mlx.core as mx
 import pytest
 import records
+from abuse import numbers
 from abuse import threads as abuse
 from commands import environment
 from mlx.nn import Module
 
-from tiny_qmoe_mlx import container, interrupts, native, process
+from tiny_qmoe_mlx import container, interrupts, metal, native, process
 from tiny_qmoe_mlx.conversion.run import convert
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.streaming.cache import ExpertCache
@@ -138,6 +140,33 @@ def test_a_trace_of_several_threads_can_be_read(bench, tmp_path):
     loaded[0].close()
     found = {tuple(line.split()[:2]) for line in trace.read_text().splitlines()[1:]}
     assert len(abuse.read_trace(trace).calls) == len(found) > 100
+
+
+@metal_cpu.required
+def test_threads_on_a_gpu_that_streams(bench, monkeypatch):
+    """One evaluated what another had in flight, which MLX refuses; pins were lost, and demands waited for ever."""
+    monkeypatch.setattr(metal, "available", lambda: False)
+    loaded = abuse.load(bench.model("trellis"), 0)
+    monkeypatch.setattr(metal, "available", lambda: True)
+    prompts, found, wrong = [[7, 8, 9], [10, 11, 12]], {}, []
+
+    def work(which):
+        try:
+            found[which] = [abuse.tokens_of(*loaded, prompts[which], 3) for _ in range(2)]
+        except BaseException as error:
+            wrong.append(error)
+
+    with numbers.emulated():
+        alone = [abuse.tokens_of(*loaded, prompt, 3) for prompt in prompts]
+        workers = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(abuse.HANG_S)
+    assert not wrong and found == {which: [alone[which]] * 2 for which in range(2)}, wrong
+    assert loaded[0].tiny_qmoe.dispatch.counts["decode metal"] > 0
+    abuse.check_sound(loaded[0].tiny_qmoe.cache)
+    loaded[0].close()
 
 
 # ---- the end of the process

@@ -122,6 +122,22 @@ def test_signals_unwind(interruptible, sent, status, text):
     assert child.communicate(timeout=60) == (b"cleaned\n", text) and child.returncode == status
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", ["terminal.check_stopped()", "terminal.Bars()('x', 0, 1)", "Bar()"])
+def test_a_signal_that_a_library_swallows_is_raised_again(interruptible, sent, status, where):
+    """A server took no notice of Ctrl-C where it came while a library loaded."""
+    body = f"""
+    import os
+    def Bar():
+        with terminal.Bars(): pass
+    try: os.kill(os.getpid(), {int(sent)}); time.sleep(60)
+    except BaseException: pass
+    {where}
+    print('went on')"""
+    child = run_script(body)
+    assert child.communicate(timeout=60)[0] == b"" and child.returncode == status
+
+
 def test_a_reader_that_leaves_is_no_error():
     child = run_script("    print('x' * 70000 + '\\n'); sys.stdin.read(); print('y' * 1000000)", stdin=subprocess.PIPE)
     assert child.stdout is not None and child.stdin is not None and child.stderr is not None

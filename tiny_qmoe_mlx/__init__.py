@@ -12,6 +12,7 @@ waits for calls under way, later ones are refused. A fork of a process that has 
 are not in it): start processes by `spawn`. At the end of the process we wait for threads that have generated.
 """
 
+import signal
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -57,5 +58,10 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+# A command that is still loading (argv is so until it is found) ends by Ctrl-C at once, without Python's traceback.
+_is_command = sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 blas.install()  # before MLX is imported, or it has no effect

@@ -203,7 +203,8 @@ def _expert_bytes(container: Container, tokens: int, cpu: bool) -> int:
     reading = max((READERS * (layer.record_bytes + 2 * layer.slot) for layer in layers if layer.expands), default=0)
     if cpu:
         return 3 * picks * hidden * 4 + tokens * (hidden + 3 * inner) * 4 + DENSE_BYTES + reading
-    return reading + 3 * picks * hidden * 2 + picks * (hidden + 3 * inner) * 2 + 2 * GPU_DENSE_BYTES
+    # of a model in float16 a group's rotated rows, and what they give, are float32 for a moment
+    return reading + 3 * picks * hidden * 2 + picks * (3 * hidden + 5 * inner) * 2 + 2 * GPU_DENSE_BYTES
 
 
 def _whole_bytes(container: Container, tokens: int, cpu: bool) -> int:

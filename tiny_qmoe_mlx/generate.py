@@ -44,7 +44,7 @@ def stream_generate(
         mlx_lm's GenerationResponse.
 
     Raises:
-        ValueError: the model has been closed.
+        ValueError: a prompt without tokens, or with one that the model does not have; the model has been closed.
     """
     from mlx_lm import stream_generate as stream
 
@@ -53,8 +53,10 @@ def stream_generate(
 
     if masked_spans.is_encoder_decoder({"model_type": getattr(model, "model_type", None)}):
         return generate_masked.stream(model, tokenizer, prompt, **options)
-    text = prompt if isinstance(prompt, str) else list(prompt)
-    return stream(model, tokenizer, text, **{"prefill_step_size": PREFILL_CHUNK, **options})
+    ids = _encode(tokenizer, prompt)
+    if ids or "input_embeddings" not in options:
+        _check(model, ids)
+    return stream(model, tokenizer, ids, **{"prefill_step_size": PREFILL_CHUNK, **options})
 
 
 def generate(model: "nn.Module", tokenizer: "TokenizerWrapper", prompt: str | Sequence[int], **options: Any) -> str:
@@ -80,7 +82,8 @@ def batch_generate(
         mlx_lm's BatchResponse: texts in the order of the prompts, and stats.
 
     Raises:
-        ValueError: a prompt without tokens, the model has been closed, or is an encoder-decoder.
+        ValueError: a prompt without tokens, or with one that the model does not have; the model has been closed, or is
+            an encoder-decoder.
     """
     from mlx_lm import batch_generate as batch
 
@@ -91,9 +94,19 @@ def batch_generate(
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     if not all(ids):
         raise ValueError(f"[prompt] {ids.index([])} of the batch should have at least one token, it has none.")
+    for each in ids:
+        _check(model, each)
     options = {"prefill_batch_size": PREFILL_BATCH, **options}
     rows = max(1, min(len(ids), options["prefill_batch_size"]))
     return batch(model, tokenizer, ids, **{"prefill_step_size": max(1, PREFILL_CHUNK // rows), **options})
+
+
+def _check(model: "nn.Module", ids: list[int]) -> None:
+    """Refuse what a converted model cannot read; a plain one of mlx-lm's says itself what it is made of."""
+    from tiny_qmoe_mlx.generate_setup import check_ids
+
+    if hasattr(model, "tiny_qmoe"):
+        check_ids(model.tiny_qmoe.container.config, ids)
 
 
 def _encode(tokenizer: "TokenizerWrapper", prompt: str | Sequence[int]) -> list[int]:

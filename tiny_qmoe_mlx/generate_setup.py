@@ -5,6 +5,7 @@ import argparse
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def vocabulary(config: dict, otherwise: int) -> int:
 
 
 # ---- the prompt
+
+
+def check_ids(config: dict, ids: Sequence[int]) -> None:
+    """Tokens that a model has; MLX looks any others up beyond its embeddings' memory.
+
+    Raises:
+        ValueError: there are none, or one is out of range.
+    """
+    if not ids:
+        raise ValueError("[prompt] it should have at least one token, it has none.")
+    low, high, size = min(ids), max(ids), vocabulary(config, 0)
+    if size and not 0 <= low <= high < size:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"[prompt] tokens should lie in 0 to {size - 1}, received {wrong}; is the tokenizer another's?"
+        )
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, text: str, args: argparse.Namespace) -> list[int]:

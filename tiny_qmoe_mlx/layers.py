@@ -224,7 +224,7 @@ class RecordExperts(nn.Module):
                 picks = np.flatnonzero(np.isin(flat, group))
                 picks = picks[np.argsort(flat[picks], kind="stable")]
                 rows, records = picks // chosen.shape[1], self._records()
-                y = ops.gpu_many(z, group, flat[picks], rows, records, self._kind, self._memory.dispatch)
+                y = ops.gpu_many(z, group, flat[picks], rows, records, self._kind, self._memory.dispatch, x.dtype)
                 mx.eval(y)
                 parts.append(y)
                 places.append(picks)

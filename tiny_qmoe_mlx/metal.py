@@ -24,6 +24,7 @@ RECORD_PICKS = 12  # of one expert; see `takes_records`
 TARGET_SIMDGROUPS = 768  # of a launch: some 19 for each of 40 cores
 DEQUANTIZE_SIMDGROUPS = 4
 THREADS = 32  # of a simdgroup
+HALF_FITS = 32768.0  # float16 ends at 65504
 
 
 @dataclass(frozen=True)
@@ -310,31 +311,55 @@ def dequantize(
     return weights, bias
 
 
+def rotated_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """The type of rotated rows before a dense product in `dtype`: a rotation can gather a row of 1e4s in one entry of
+    up to 45 times as much, beyond float16."""
+    return mx.float32 if dtype == mx.float16 else dtype
+
+
 def expert_group(
-    z: mx.array, rows: mx.array, place: mx.array, ids: mx.array, records: Records, layer: ExpertShapes
+    z: mx.array,
+    rows: mx.array,
+    place: mx.array,
+    ids: mx.array,
+    records: Records,
+    layer: ExpertShapes,
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """Prefill: the picks of a group of experts, each decoded once and multiplied by MLX's gather_mm.
 
     Args:
-        z: (tokens, C), rotated inputs in the model's dtype.
+        z: (tokens, C), rotated inputs, of type `rotated_dtype(dtype)`.
         rows: int (picks,), token of each pick; picks sorted by expert.
         place: u32 (picks,), which of `ids` each pick takes; ascending.
         ids: u32 or i32 (n,), experts.
+        dtype: the model's; z's where it is not given.
 
     Returns:
-        (picks, d) in z's dtype, biases included, in the order of `rows`.
+        (picks, d) of `dtype`, biases included, in the order of `rows`.
     """
-    last = len(layer.shapes) - 1
-    parts = [_dense_product(z[rows], m, place, ids, records, layer) for m in range(last)]
-    hidden = layer.activation(*reversed(parts))
-    return _dense_product(rotate(hidden, layer.bits_mid, z.dtype), last, place, ids, records, layer)
+    last, dtype = len(layer.shapes) - 1, dtype or z.dtype
+    parts = [_dense_product(z[rows], m, place, ids, records, layer, dtype) for m in range(last)]
+    hidden = rotate(layer.activation(*reversed(parts)), layer.bits_mid, rotated_dtype(dtype))
+    return _dense_product(hidden, last, place, ids, records, layer, dtype)
 
 
 def _dense_product(
-    z: mx.array, matrix: int, place: mx.array, ids: mx.array, records: Records, layer: ExpertShapes
+    z: mx.array, matrix: int, place: mx.array, ids: mx.array, records: Records, layer: ExpertShapes, dtype: mx.Dtype
 ) -> mx.array:
-    weights, bias = dequantize(ids, records, layer, matrix, z.dtype)
-    return gathered(z, weights, bias if layer.bias else None, place)
+    weights, bias = dequantize(ids, records, layer, matrix, dtype)
+    biases = bias if layer.bias else None
+    if z.dtype == dtype:
+        return gathered(z, weights, biases, place)
+    scale = _scale(z)
+    y = gathered((z / scale).astype(dtype), weights, None, place).astype(mx.float32) * scale
+    return (y if biases is None else y + biases[place]).astype(dtype)
+
+
+def _scale(z: mx.array) -> mx.array:
+    """Powers of two (rows, 1), 1 but for rows that would leave float16 or come near it."""
+    largest = mx.abs(z).max(axis=-1, keepdims=True)
+    return mx.power(2.0, mx.maximum(0.0, mx.ceil(mx.log2(largest / HALF_FITS))))
 
 
 def gathered(z: mx.array, weights: mx.array, bias: mx.array | None, place: mx.array) -> mx.array:
@@ -342,4 +367,4 @@ def gathered(z: mx.array, weights: mx.array, bias: mx.array | None, place: mx.ar
     (n, rows) where there are any.
     """
     y = mx.gather_mm(z[:, None, :], weights.swapaxes(-1, -2), rhs_indices=place, sorted_indices=True)[:, 0, :]
-    return y if bias is None else y + bias[place].astype(z.dtype)
+    return y if bias is None else (y + bias[place]).astype(z.dtype)

@@ -134,7 +134,7 @@ class Runtime:
         Raises:
             ValueError: this is a fork of the process that the model was loaded in.
         """
-        process.enter("model")
+        process.refuse_fork("model")
         cache, around = self.cache, self.memory.around
         return {
             "budget_bytes": self.budget.budget_bytes,
@@ -320,7 +320,7 @@ def load(
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget is too small; the text names the smallest that works.
-        ValueError: this machine's GPU computes experts wrongly, or the process is a fork of one that has computed.
+        ValueError: this machine's GPU computes experts wrongly; the process is a fork of one that has loaded a model.
     """
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu

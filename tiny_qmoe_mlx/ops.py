@@ -192,6 +192,7 @@ def gpu_many(
     records: metal.Records,
     kind: ExpertKind,
     dispatch: Dispatch,
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """Prefill: picks of a group of experts, each decoded once.
 
@@ -199,9 +200,10 @@ def gpu_many(
         z: (tokens, padded d), as `gpu_rotate` gives them.
         experts: int (n,), ascending.
         of, rows: int (picks,), the expert and the token of each pick, sorted by expert.
+        dtype: the model's; z's where it is not given.
 
     Returns:
-        (picks, d) in z's dtype, lazily.
+        (picks, d) of `dtype`, lazily.
     """
     if kind.packing:
         chosen = mx.array(of.astype(np.int32))[:, None]
@@ -211,7 +213,7 @@ def gpu_many(
     ids, tokens = mx.array(experts.astype(np.uint32)), mx.array(rows.astype(np.int32))
     if kind.coding is not None:
         return qmoe_product.group(z, tokens, place, ids, records, kind)
-    return metal.expert_group(z, tokens, place, ids, records, kind.for_metal)
+    return metal.expert_group(z, tokens, place, ids, records, kind.for_metal, dtype)
 
 
 def gpu_group_size(kind: ExpertKind) -> int:
@@ -225,7 +227,7 @@ def gpu_group_size(kind: ExpertKind) -> int:
 
 
 def gpu_rotate(x: mx.array, kind: ExpertKind) -> mx.array:
-    """The inputs of `gpu_many`: x (tokens, d) rotated where the codec rotates, in x's dtype."""
+    """The inputs of `gpu_many`: x (tokens, d) rotated where the codec rotates, then in float32 for float16."""
     if not kind.trellis:
         return x
-    return metal.rotate(x, kind.for_metal.bits_in, x.dtype)
+    return metal.rotate(x, kind.for_metal.bits_in, metal.rotated_dtype(x.dtype))

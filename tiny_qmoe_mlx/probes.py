@@ -188,7 +188,7 @@ def _on_gpu(layer: Layer, x: mx.array, chosen: np.ndarray, rows: np.ndarray) -> 
         return ops.gpu_few(x, mx.array(chosen.astype(np.uint32)), records, layer.kind, dispatch)
     order = np.argsort(chosen.reshape(-1), kind="stable")
     z, of = ops.gpu_rotate(x, layer.kind), chosen.reshape(-1)[order]
-    y = ops.gpu_many(z, slots, of, rows[order], records, layer.kind, dispatch)
+    y = ops.gpu_many(z, slots, of, rows[order], records, layer.kind, dispatch, x.dtype)
     return y[mx.array(np.argsort(order))].reshape(*chosen.shape, -1)
 
 

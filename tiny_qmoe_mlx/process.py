@@ -27,17 +27,22 @@ def enter(where: str) -> None:
     """
     global _home
     _home = _home or os.getpid()
-    if not at_home():
-        raise ValueError(
-            f"[{where}] models should be used in the process that loaded them, this one was forked from it later and "
-            "has none of its threads; load the model in a process that is started anew (multiprocessing's `spawn`)."
-        )
+    refuse_fork(where)
     thread = threading.get_native_id()
     if thread not in _used:
         for other in list(_used):  # a copy: other threads come in meanwhile
             if not (TASKS / str(other)).exists():
                 _used.pop(other, None)
     _used[thread] = time.monotonic()
+
+
+def refuse_fork(where: str) -> None:
+    """Raises what `enter` does."""
+    if not at_home():
+        raise ValueError(
+            f"[{where}] models should be used in the process that loaded them, this one was forked from it later and "
+            "has none of its threads; load the model in a process that is started anew (multiprocessing's `spawn`)."
+        )
 
 
 def at_home() -> bool:

@@ -2,6 +2,9 @@
 a few tokens; on a GPU by kernels/qmoe_gather_qmv.metal, and for many tokens from matrices that
 kernels/qmoe_dequantize.metal writes out.
 
+Products of codewords visit no weight that is zero; a row with NaN or infinity gives NaN all the same, as in mlx-lm,
+where zero times that is NaN.
+
 Records are bytes that `check_record` has passed.
 """
 
@@ -49,6 +52,7 @@ def _product(m: qmoe.Matrix, coding: qmoe.Coding, x: np.ndarray, dense_bytes: in
     elif len(x) <= NATIVE_TOKENS:
         step = native_qmoe.AT_ONCE
         y = np.concatenate([native_qmoe.qmv(m, coding, x[i : i + step]) for i in range(0, len(x), step)])
+        y[~np.isfinite(x).all(axis=1)] = np.nan
     else:
         y = np.empty((len(x), m.rows), np.float32)
         step = max(1, dense_bytes // (4 * m.columns))
@@ -83,7 +87,8 @@ def _few(x: mx.array, indices: mx.array, records: metal.Records, kind: ExpertKin
 
     last = len(kind.matrices) - 1
     hidden = kind.activation(*(product(x, m) for m in reversed(range(last))))
-    return product(hidden, last)
+    nothing = mx.repeat(mx.sum(x * 0, axis=-1, keepdims=True), indices.shape[-1], axis=0)  # 0, or NaN
+    return product(hidden, last) + nothing
 
 
 def group(

@@ -123,8 +123,11 @@ def answer(listening: "Server", generation: "Generation") -> threading.Thread:
 
 def serve(listening: "Server", generation: "Generation", args: "argparse.Namespace") -> None:
     """Answer until Ctrl-C or a polite kill; answers under way may then end, unless there is a second signal."""
+    from tiny_qmoe_mlx import terminal
+
     stop = threading.Event()
     _stop_on_signals(stop)
+    terminal.check_stopped()  # before
     clients = answer(listening, generation)
     print(ready(args, listening.server_port), flush=True)
     stop.wait()

@@ -128,7 +128,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     global _stopped
     argv, _stopped = sys.argv[1:] if argv is None else argv, 0
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell runs this in the background
+    # not where a shell runs this in the background; the system's own since the package was imported (__init__.py)
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
         signal.signal(signal.SIGINT, _stop)
     try:
         status = main(argv)
@@ -162,6 +163,18 @@ def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit(TERMINATED)
 
 
+def check_stopped() -> None:
+    """Raise a Ctrl-C or a polite kill again that a library swallowed, as some do while they load.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: the one that came.
+    """
+    if _stopped == INTERRUPTED:
+        raise KeyboardInterrupt
+    if _stopped:
+        raise SystemExit(_stopped)
+
+
 class Bars:
     """Progress bars by callback: called with (what, done, total), one bar at a time; a context manager."""
 
@@ -170,6 +183,7 @@ class Bars:
         self._bar: Any = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        check_stopped()
         if what != self._what:
             self._close()
             many = total >= MANY
@@ -186,3 +200,5 @@ class Bars:
 
     def __exit__(self, *error: object) -> None:
         self._close()
+        if error[0] is None:
+            check_stopped()

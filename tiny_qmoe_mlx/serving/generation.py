@@ -22,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
+from tiny_qmoe_mlx.generate_setup import check_ids
 from tiny_qmoe_mlx.serving import figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
@@ -183,6 +184,10 @@ class Generation(mlx_server.ResponseGenerator):
             raise Refused(400, f"the model's tokenizer or chat template refuses the prompt: {reason(error)}") from error
         if not found[0]:
             raise Refused(400, "the prompt should have at least one token, it has none.")
+        try:
+            check_ids(self.config, found[0])
+        except ValueError as error:
+            raise Refused(400, str(error)) from error
         return found
 
     def generate(  # type: ignore[override]

@@ -62,7 +62,8 @@ class ExpertCache:
 
     @property
     def pool_bytes(self) -> int:
-        return sum(pool.array.nbytes - len(pool.withdrawn) * pool.record_bytes for pool in self.pools.values())
+        with self._changed:  # a server may tell its figures while it is closed
+            return sum(pool.array.nbytes - len(pool.withdrawn) * pool.record_bytes for pool in self.pools.values())
 
     @property
     def disk_busy_s(self) -> float:
