@@ -27,6 +27,7 @@ from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx.container import Container, open_model
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import RecordExperts
+from tiny_qmoe_mlx.runtime import Runtime, peak_memory
 from tiny_qmoe_mlx.streaming.trace import Trace, read_trace
 
 READERS = 8
@@ -90,13 +91,13 @@ def expert_budget(container: Container, memory: int) -> budgets.Budget:
     return dataclasses.replace(whole, **changes, scratch_bytes=scratch)  # type: ignore[arg-type]
 
 
-def open_experts(container: Container, memory: int) -> tuple[models.Runtime, list[RecordExperts]]:
+def open_experts(container: Container, memory: int) -> tuple[Runtime, list[RecordExperts]]:
     """The layers of experts without the model around them."""
     from mlx_lm.models.switch_layers import SwiGLU
 
     spec = container.spec
     layers = [RecordExperts(i, expert_kind(layer, spec, SwiGLU())) for i, layer in enumerate(spec.layers)]
-    runtime = models.Runtime(container, expert_budget(container, memory), layers)  # no blocks around: no lookahead
+    runtime = Runtime(container, expert_budget(container, memory), layers)  # no blocks around: no lookahead
     if runtime.budget.mode == "resident":
         models._load_resident(runtime, lambda what, done, total: None)
     return runtime, layers
@@ -107,7 +108,7 @@ def run_calls(layers: list[RecordExperts], calls: Calls, inputs: dict[int, mx.ar
         mx.eval(layers[layer](inputs[len(chosen)], mx.array(chosen.astype(np.uint32))))
 
 
-def measure(runtime: models.Runtime, layers: list[RecordExperts], calls: Calls, hidden: int) -> dict[str, Any]:
+def measure(runtime: Runtime, layers: list[RecordExperts], calls: Calls, hidden: int) -> dict[str, Any]:
     """Seconds, bytes and hits of the measured calls, after those that only fill the pool."""
     rng = np.random.default_rng(0)
     widths = {len(chosen) for _, chosen, _ in calls}
@@ -181,7 +182,7 @@ def experts(words: dict[str, Any]) -> dict[str, Any]:
     rounds = range(words.get("rounds", 1))
     found = [measure(runtime, layers, calls, container.config["hidden_size"]) for _ in rounds]
     result = {**found[-1], "rounds_s": [f["seconds"] for f in found], "mode": mode, "budget_bytes": words["memory"]}
-    result["pool_bytes"], result["peak_bytes"] = sum(s * n for s, n in slots.items()), models.peak_memory()
+    result["pool_bytes"], result["peak_bytes"] = sum(s * n for s, n in slots.items()), peak_memory()
     runtime.close()
     if mode == "resident":
         return result
@@ -226,7 +227,7 @@ def whole(words: dict[str, Any]) -> dict[str, Any]:
         first = first or {"first_experts_s": inside[0], "first_wait_s": model.tiny_qmoe.stats()["io_wait_s"]}
     stats = model.tiny_qmoe.stats()
     keys = ("bytes_read", "expert_hits", "expert_misses", "io_wait_s", "pool_bytes", "mode", "budget_bytes")
-    result = {**{key: stats[key] for key in keys}, "peak_bytes": models.peak_memory(), "ttft_s": times[0], **first}
+    result = {**{key: stats[key] for key in keys}, "peak_bytes": peak_memory(), "ttft_s": times[0], **first}
     model.close()
     return {**result, "generated": len(times), "seconds": times[-1] - times[0]}
 

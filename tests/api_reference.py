@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tiny_qmoe_mlx
 from tiny_qmoe_mlx import errors, models
+from tiny_qmoe_mlx.runtime import Runtime
 
 PAGE = Path(__file__).parents[1] / "docs/API.md"
 HEAD = """# Python
@@ -33,7 +34,7 @@ def page() -> str:
     for kind in (errors.FormatError, errors.BudgetError):
         assert issubclass(kind, ValueError)
         parts.append(f"## tiny_qmoe_mlx.errors.{kind.__name__}\n\n```text\n{inspect.getdoc(kind)}\n```\n")
-    methods = [models.Runtime.stats, models.Runtime.set_memory, models.Runtime.close]
+    methods = [Runtime.stats, Runtime.set_memory, Runtime.close]
     parts += [entry(m.__name__, m, "model.tiny_qmoe.") for m in methods]
     return "\n".join(parts)
 

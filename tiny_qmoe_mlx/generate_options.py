@@ -11,7 +11,7 @@ from tiny_qmoe_mlx import locate, terminal
 from tiny_qmoe_mlx.errors import shown
 
 if TYPE_CHECKING:
-    from tiny_qmoe_mlx.models import Streaming
+    from tiny_qmoe_mlx.runtime import Streaming
 
 DESCRIPTION = "write text with a converted model under one memory budget."
 EXAMPLES = """
@@ -178,7 +178,7 @@ def add_streaming(to: argparse.ArgumentParser) -> None:
 
 def streaming_of(args: argparse.Namespace) -> "Streaming":
     """The options of `add_streaming` as `load` takes them."""
-    from tiny_qmoe_mlx.models import Streaming
+    from tiny_qmoe_mlx.runtime import Streaming
 
     for name, file in (("--profile", args.profile), ("--trace", args.trace)):
         require_writable(name, file)

@@ -24,7 +24,7 @@ from unittest import mock
 
 from abuse import models, record
 from abuse.hostile_cases import CONVERTED, ORIGINAL, Case, cases, forge, mark
-from tiny_qmoe_mlx import server, terminal
+from tiny_qmoe_mlx import runtime, server, terminal
 
 PROMISE = "No model directory runs code, reads or writes outside of itself, hangs a command or takes its memory."
 GROWTH = 400 << 20  # bytes beyond what the process had: a config of 64 MB takes some of it while it is parsed
@@ -114,7 +114,7 @@ def start_peak() -> int:
 
 def peak() -> int:
     """The most bytes that the process has held."""
-    return models.models.peak_memory()
+    return runtime.peak_memory()
 
 
 def problem(case: Case, command: str, result: Result) -> str:

@@ -28,8 +28,8 @@ from typing import Any
 import tiny_qmoe_mlx
 from abuse import record
 from tiny_qmoe_mlx.conversion.run import Settings, convert
-from tiny_qmoe_mlx.models import Streaming
 from tiny_qmoe_mlx.plan import plan
+from tiny_qmoe_mlx.runtime import Streaming
 from tiny_qmoe_mlx.streaming.cache import ExpertCache
 from tiny_qmoe_mlx.streaming.trace import read_trace
 
