@@ -40,7 +40,7 @@ class Outcome:
 def draw(task: Task, kind: str, rng: random.Random) -> tuple[str, float | None]:
     """A plan, and after how many seconds the process is killed (None: by the plan, if at all)."""
     if kind == "kill by the clock":
-        return "", rng.uniform(0.1, 1.1) * task.seconds
+        return "", rng.uniform(0.3, 1.1) * task.seconds
     wanted = ("write",) if kind in ("torn", "short") else OPERATIONS if kind in KILLS else OPERATIONS[:4]
     there = [op for op in wanted if task.calls.get(op)]
     if not there:  # an upload writes nothing here

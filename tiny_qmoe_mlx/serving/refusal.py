@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tiny_qmoe_mlx import terminal
+
 KINDS = {401: "authentication_error", 403: "permission_error"}
 
 
@@ -25,4 +27,4 @@ class Refused(Exception):
 
 def reason(error: BaseException) -> str:
     """An error as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return terminal.sentence(error)[:300]
