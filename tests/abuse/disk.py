@@ -4,6 +4,7 @@ Faults are text, as cpp/fault_plan.h reads it: "eio read 3 1 model-experts" is E
 whose path holds "model-experts".
 """
 
+import argparse
 import atexit
 import json
 import os
@@ -36,6 +37,17 @@ def missing() -> str:
     if not sys.platform.startswith("linux"):
         return "the disk that fails on command stands between a program and Linux's libc"
     return "" if compiler() else "no C++ compiler to build the disk that fails on command with"
+
+
+def options(text: str, count: int) -> argparse.Namespace:
+    """--count and --seed of a command line; without a shim the process ends with a sentence."""
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if missing():
+        raise SystemExit(missing())
+    return args
 
 
 def build(directory: Path) -> Path:

@@ -6,7 +6,6 @@
 or absent, a failed run has to end with one sentence, and the same command, run again, has to leave the same files.
 """
 
-import argparse
 import random
 import sys
 import tempfile
@@ -94,13 +93,7 @@ def figures(outcomes: list[Outcome]) -> dict[str, int | float | str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if disk.missing():
-        print(disk.missing())
-        return 1
+    args = disk.options(__doc__ or "", 200)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, tasks(Path(folder)) as (shim, found):
         outcomes = list(campaign(shim, Path(folder), found, args.count, args.seed))
