@@ -56,6 +56,16 @@ def weights_of(directory: str | Path) -> Iterator[None]:
         raise OSError(errno.EIO, sentence) from error
 
 
+def read_bytes(path: Path) -> bytes:
+    """A small file, whole.
+
+    Raises:
+        OSError: it cannot be read; with its name.
+    """
+    with named(path):
+        return path.read_bytes()
+
+
 def read_array(path: Path, dtype: str, count: int, offset: int) -> np.ndarray:
     """`count` numbers of a file from byte `offset` on, all of them.
 

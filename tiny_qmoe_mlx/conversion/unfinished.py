@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tiny_qmoe_mlx.disk_reads import read_header, read_tensor
+from tiny_qmoe_mlx.disk_reads import named, read_bytes, read_header, read_tensor
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.staging import (
     PLAN,
@@ -127,7 +127,7 @@ def agree(directory: Path, asked: dict[str, Any], make: Callable[[], dict[str, A
         write_json(path, plan)
         return plan["made"]
     try:
-        plan = json.loads(path.read_bytes())
+        plan = json.loads(read_bytes(path))
         groups = {group: dict(plan[group]) for group in asked}
         made = dict(plan["made"])
     except (ValueError, LookupError, TypeError) as error:
@@ -158,8 +158,9 @@ def kept_tokens(directory: Path, make: Callable[[], np.ndarray | None]) -> np.nd
     path = directory / TOKENS
     if path.exists():
         try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            with named(path):
+                return np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
             raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     tokens = make()
     if tokens is not None:

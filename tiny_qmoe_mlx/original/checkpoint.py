@@ -20,11 +20,12 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.codecs.affine import Packing
+from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.original import dense, shipped
 from tiny_qmoe_mlx.original.adapted import MATRIX_NAMES, model_classes
-from tiny_qmoe_mlx.original.source import Source
+from tiny_qmoe_mlx.original.source import Source, computed
 from tiny_qmoe_mlx.spec import LayerSpec, expert_file_name
 
 
@@ -63,7 +64,7 @@ def read_config(directory: Path) -> dict:
     if not file.is_file():
         raise FormatError(f"[model] {directory} should hold config.json and does not; it is not a model directory.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(file))
     except ValueError as error:
         raise FormatError(f"[model] {file} should be JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -331,8 +332,7 @@ def require_finite_experts(layer: ExpertLayer, name: str, values: mx.array | np.
 
 
 def _float32(array: mx.array) -> np.ndarray:
-    # copied, so that MLX's own array is freed; in C order, since a sum over another order differs in its last bit
-    values = np.array(array.astype(mx.float32), order="C")
+    values = computed(array.astype(mx.float32))  # copied, so that MLX's own array is freed
     del array
     mx.clear_cache()
     return values

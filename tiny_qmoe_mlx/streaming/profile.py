@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from tiny_qmoe_mlx.container import Container
+from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.staging import atomic_file
 
@@ -115,7 +116,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(errno.ENOENT, "there is no such profile; a run with --profile writes one", str(path))
     _require(path, path.stat().st_size <= MAX_FILE, f"should be at most {MAX_FILE} bytes", path.stat().st_size)
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"[{path}] should be a usage profile and is no JSON: {str(error)[:100]}; {_AGAIN}."
