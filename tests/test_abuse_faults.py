@@ -79,6 +79,8 @@ BROKE = {  # command -> plan, kind
     "less than a record": ("verify", "short read p=0.3 5 *", "short, many"),
     "weights of the original": ("convert", "eio read 0 -1 hf/model.safetensors", "eio for good"),
     "the original, later": ("convert", "eio read 30 1 hf/model.safetensors", "eio"),
+    "an array that numpy asks for": ("convert", "eio read 53 1 *", "eio"),
+    "the calibration text": ("convert", "eio read 0 1 text.txt", "eio"),
     "weights of the model": ("generate, streamed", "eio read 3 1 model-rest-00001", "eio"),
     "a record that hangs": ("generate, streamed", "delay vread 9 1 *", "delay"),
 }

@@ -1,6 +1,7 @@
 """Checkpoints of several layouts and number formats: what is read from them, and how little of it at a time."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tiny_models
 from mlx_lm.utils import load_model
 
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.original import checkpoint, shipped
+from tiny_qmoe_mlx.original import checkpoint, shipped, source
 
 
 def plain(directory: Path) -> dict[str, np.ndarray]:
@@ -93,6 +94,17 @@ def test_a_family_that_needs_all_experts_at_once_is_read_whole(tmp_path, monkeyp
     for sanitize in (needs_all, stacks_otherwise):
         monkeypatch.setattr(qwen3_moe.Model, "sanitize", sanitize)
         assert_same(read(directory, 3), want)
+
+
+@pytest.mark.parametrize("change", [lambda a: a, lambda a: a.astype(mx.float32), lambda a: mx.stack([a, a])])
+def test_a_lazy_array_whose_file_was_cut_is_no_array(tmp_path, change):
+    """numpy would take what the memory holds, now and then: see source.computed."""
+    for number in range(20):
+        mx.save_safetensors(str(tmp_path / f"{number}.safetensors"), {"a": mx.ones((64, 64), mx.bfloat16)})
+        lazy = mx.load(str(tmp_path / f"{number}.safetensors"))["a"].view(mx.uint16)
+        os.truncate(tmp_path / f"{number}.safetensors", 200)
+        with pytest.raises(RuntimeError, match="read"):
+            source.computed(change(lazy))
 
 
 def memory(key: str = "VmRSS") -> int:

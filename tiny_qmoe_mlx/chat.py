@@ -363,13 +363,14 @@ def read_messages(file: Path) -> list[dict[str, str]]:
         OSError: it cannot be read.
     """
     from tiny_qmoe_mlx.conversation import ROLES
+    from tiny_qmoe_mlx.disk_reads import read_bytes
 
     if not file.is_file():
         raise ValueError(f"[chat] {file} should be the file of a conversation, there is no such file.")
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"[chat] {file} should be a conversation of at most {MOST_BYTES} bytes, it is larger.")
     try:
-        messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+        messages = json.loads(read_bytes(file))["messages"]
         found = [{"role": m["role"], "content": m["content"]} for m in messages]
         if not all(m["role"] in ROLES and isinstance(m["content"], str) for m in found):
             raise ValueError(f"roles are {', '.join(ROLES)}, and contents are texts")

@@ -18,6 +18,16 @@ from tiny_qmoe_mlx.errors import FormatError
 NUMPY = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 
 
+def read_bytes(path: Path) -> bytes:
+    """A small file, whole.
+
+    Raises:
+        OSError: it cannot be read; with its name.
+    """
+    with named(path):
+        return path.read_bytes()
+
+
 def read_array(path: Path, dtype: str, count: int, offset: int) -> np.ndarray:
     """`count` numbers of a file from byte `offset` on, all of them.
 

@@ -108,7 +108,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "the machine's memory is used up; give a smaller --memory or close other programs"
     text = str(error)
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and "[read]" in text:
         return f"[weights] MLX could not read a file ({' '.join(text.split())}); check the disk"
     if isinstance(error, OSError) and error.strerror:
         text = f"[{error.filename}] {error.strerror}" if error.filename is not None else error.strerror

@@ -4,13 +4,20 @@ Faults are text, as cpp/fault_plan.h reads it: "eio read 3 1 model-experts" is E
 whose path holds "model-experts".
 """
 
+import argparse
+import atexit
+import json
+import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from commands import environment
@@ -30,6 +37,17 @@ def missing() -> str:
     if not sys.platform.startswith("linux"):
         return "the disk that fails on command stands between a program and Linux's libc"
     return "" if compiler() else "no C++ compiler to build the disk that fails on command with"
+
+
+def options(text: str, count: int) -> argparse.Namespace:
+    """--count and --seed of a command line; without a shim the process ends with a sentence."""
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if missing():
+        raise SystemExit(missing())
+    return args
 
 
 def build(directory: Path) -> Path:
@@ -79,30 +97,84 @@ def run(
         journal: file that every change below `top` is written to.
         limit_s: after which it is killed, and the result is `late`.
         kill_s: after which it is killed, by intent.
-        env: its environment.
+        env: its environment; without one the process is forked from one that has most imports behind it.
     """
-    log = top.with_name(f"{top.name}.log")
+    log, *paths = (top.with_name(f"{top.name}.{word}") for word in ("log", "stdin", "stdout", "stderr"))
     log.unlink(missing_ok=True)
-    words = {"LD_PRELOAD": str(shim), "FAULT_DIRECTORY": str(top.resolve()), "FAULT_PLAN": plan, "FAULT_LOG": str(log)}
-    words |= {"FAULT_JOURNAL": str(journal)} if journal else {}
-    how = ["-c"] if argv[0] == "-c" else ["-m", f"tiny_qmoe_mlx.{argv[0]}"]
-    command = [sys.executable, *how, *map(str, argv[1:])]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    paths[0].write_bytes(data)
+    fault = [str(top.resolve()), plan, str(log), str(journal or "")]
+    words = list(map(str, argv))
     start, late = time.monotonic(), False
-    child = subprocess.Popen(command, env={**(env or environment()), **words}, cwd=top, **pipes)  # type: ignore[call-overload]
-    try:
-        out, err = child.communicate(data, timeout=kill_s or limit_s)
-    except subprocess.TimeoutExpired:
+    wait, kill = (
+        _forked(shim, words, top, paths, fault) if env is None else _started(shim, words, top, paths, fault, env)
+    )
+    if (status := wait(kill_s or limit_s)) is None:
         late = kill_s is None
-        child.kill()
-        out, err = child.communicate()
+        kill()
+        status = wait(None)
+    assert status is not None
+    seconds = time.monotonic() - start
     lines = log.read_text().splitlines() if log.exists() else []
     injected = [line for line in lines if not line.startswith("calls ")]
-    calls = {
-        k: int(v) for line in lines if line.startswith("calls ") for k, v in [w.split("=") for w in line.split()[1:]]
-    }
-    seconds = time.monotonic() - start
-    return Done(child.returncode, out.decode(), err.decode(), seconds, injected, calls, late)
+    counts = [word.split("=") for line in lines if line.startswith("calls ") for word in line.split()[1:]]
+    calls = {operation: int(count) for operation, count in counts}
+    return Done(status, paths[1].read_text(), paths[2].read_text(), seconds, injected, calls, late)
+
+
+Wait = Callable[[float | None], int | None]  # seconds -> exit status, None where it has not ended by then
+Kill = Callable[[], object]
+
+
+def _started(
+    shim: Path, words: list[str], top: Path, paths: list[Path], fault: list[str], env: dict[str, str]
+) -> tuple[Wait, Kill]:
+    """A process of its own."""
+    names = ("FAULT_DIRECTORY", "FAULT_PLAN", "FAULT_LOG", "FAULT_JOURNAL")
+    env = {**env, "LD_PRELOAD": str(shim), **dict(zip(names, fault, strict=True))}
+    command = [sys.executable, *(words if words[0] == "-c" else ["-m", f"tiny_qmoe_mlx.{words[0]}", *words[1:]])]
+    with open(paths[0], "rb") as stdin, open(paths[1], "wb") as out, open(paths[2], "wb") as err:
+        child = subprocess.Popen(command, env=env, cwd=top, stdin=stdin, stdout=out, stderr=err)
+
+    def wait(seconds: float | None) -> int | None:
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    return wait, child.kill
+
+
+def _forked(shim: Path, words: list[str], top: Path, paths: list[Path], fault: list[str]) -> tuple[Wait, Kill]:
+    """A child of the process that forks."""
+    parent = _parent(shim)
+    assert parent.stdin and parent.stdout
+    asked = {"argv": words, "cwd": str(top), "paths": list(map(str, paths)), "fault": fault}
+    parent.stdin.write(json.dumps(asked).encode() + b"\n")
+    child, lines = int(parent.stdout.readline()), parent.stdout
+
+    def wait(seconds: float | None) -> int | None:
+        ready = select.select([lines], [], [], seconds)[0]
+        return int(lines.readline()) if ready else None
+
+    return wait, lambda: os.kill(child, signal.SIGKILL)
+
+
+@cache
+def _parent(shim: Path) -> subprocess.Popen[bytes]:
+    """The process that forks (forked.py), until this one ends."""
+    tests = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join([tests, environment()["PYTHONPATH"]])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    env = environment(PYTHONPATH=paths, LD_PRELOAD=str(shim))
+    parent = subprocess.Popen([sys.executable, "-m", "abuse.forked"], env=env, **pipes)  # type: ignore[call-overload]
+
+    def end() -> None:
+        parent.stdin.close()
+        parent.wait()
+        parent.stdout.close()
+
+    atexit.register(end)
+    return parent
 
 
 def why_no_sentence(done: Done) -> str:

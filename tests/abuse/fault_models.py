@@ -28,7 +28,40 @@ SETTINGS = {"sequences": 4, "sequence_tokens": 32}
 CONVERT = ("convert", *SOURCE, "--bits", BITS, "--calibration-sequences", "4", "--calibration-tokens", "32")
 PLAIN = (*CONVERT, "--report", "none")
 CONTEXT = 1024
+SERVER_BYTES = 66_000_000  # that a server asks for beside the model: clients, and a longer context
 TIMES = ("_tps", "_s", "ttft")  # of figures that differ from run to run
+SERVE = """
+import ctypes, http.client, json, os, re, signal, sys, threading
+from tiny_qmoe_mlx import server, terminal
+
+failed = 0
+
+def ask(port):
+    global failed
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    body = json.dumps({"prompt": "hello there", "max_tokens": 20, "temperature": 0})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    found = json.loads(answer.read())
+    if answer.status == 200:
+        os.write(1, found["choices"][0]["text"].encode())
+    else:
+        failed = 1
+        os.write(2, f"error: {found['error']['message'].partition('failed: ')[2]}\\n".encode())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class Lines:
+    def write(self, text):
+        if port := re.search(r":(\\d+) \\(", text):
+            threading.Thread(target=ask, args=[int(port[1])], daemon=True).start()
+    def flush(self):
+        pass
+
+sys.stdout = Lines()
+status = terminal.run(server.main, sys.argv[1:])
+ctypes.CDLL(None).fault_counts()
+os._exit(failed or status)  # as the command itself ends
+"""  # a server that is asked once, prints the text of its answer or the error, and is stopped
 ASKED = b"why\n/system be brief\nhow\n"
 
 
@@ -135,10 +168,11 @@ def commands(shim: Path, work: Path, only: tuple[str, ...] = ()) -> list[Command
         "evaluate": (*evaluate, "--window", 128, "--json", "--memory", "1GB"),
         "plan": ("plan", "--model", "out", "--json"),
     }
+    serve = ("-c", SERVE, "--model", "out", "--port", 0, "--quiet", "--log-level", "critical", "--memory")
     out += [_json(name, argv, model, shim, work) for name, argv in others.items() if not only or name in only]
-    if not only or "chat" in only:
-        talk = ("chat", "--model", "out", "--max-tokens", 12, "--memory", streamed[-1])
-        out.append(_chat(talk, model, shim, work))
+    talk = ("chat", "--model", "out", "--max-tokens", 12, "--memory", streamed[-1])
+    texts = {"chat": (talk, ASKED), "server": ((*serve, streamed[-1] + SERVER_BYTES), b"")}
+    out += [_text(name, *texts[name], model, shim, work) for name in texts if not only or name in only]
     return [_timed(one, shim, work) for one in out]
 
 
@@ -149,11 +183,11 @@ def _json(name: str, argv: tuple, template: Path, shim: Path, work: Path) -> Com
     return Command(name, argv, template, lambda done, at: figures(done.out) == want)
 
 
-def _chat(argv: tuple, template: Path, shim: Path, work: Path) -> Command:
-    done = disk.run(shim, disk.fresh(template, work / "first"), *argv, data=ASKED)
-    assert (done.status, done.err) == (0, "") and len(done.out) > 20, done
+def _text(name: str, argv: tuple, data: bytes, template: Path, shim: Path, work: Path) -> Command:
+    done = disk.run(shim, disk.fresh(template, work / "first"), *argv, data=data)
+    assert (done.status, done.err) == (0, "") and len(done.out) > 10, done
     want = done.out
-    return Command("chat", argv, template, lambda done, at: done.out == want, ASKED)
+    return Command(name, argv, template, lambda done, at: done.out == want, data)
 
 
 def _timed(command: Command, shim: Path, work: Path) -> Command:

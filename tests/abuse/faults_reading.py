@@ -6,7 +6,6 @@ Each schedule is a command and a fault at a random call of it. The run has to gi
 faults, or end with exit status 1 and one sentence, and take at most 30 s more than without, delays not counted.
 """
 
-import argparse
 import random
 import sys
 import tempfile
@@ -123,13 +122,7 @@ def figures(outcomes: list[Outcome]) -> dict[str, int | float | str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if disk.missing():
-        print(disk.missing())
-        return 1
+    args = disk.options(__doc__ or "", 200)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         outcomes = campaign(Path(work), args.count, args.seed)

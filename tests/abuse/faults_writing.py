@@ -6,7 +6,6 @@
 or absent, a failed run has to end with one sentence, and the same command, run again, has to leave the same files.
 """
 
-import argparse
 import random
 import sys
 import tempfile
@@ -40,7 +39,7 @@ class Outcome:
 def draw(task: Task, kind: str, rng: random.Random) -> tuple[str, float | None]:
     """A plan, and after how many seconds the process is killed (None: by the plan, if at all)."""
     if kind == "kill by the clock":
-        return "", rng.uniform(0.1, 1.1) * task.seconds
+        return "", rng.uniform(0.3, 1.1) * task.seconds
     wanted = ("write",) if kind in ("torn", "short") else OPERATIONS if kind in KILLS else OPERATIONS[:4]
     there = [op for op in wanted if task.calls.get(op)]
     if not there:  # an upload writes nothing here
@@ -94,13 +93,7 @@ def figures(outcomes: list[Outcome]) -> dict[str, int | float | str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if disk.missing():
-        print(disk.missing())
-        return 1
+    args = disk.options(__doc__ or "", 200)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, tasks(Path(folder)) as (shim, found):
         outcomes = list(campaign(shim, Path(folder), found, args.count, args.seed))

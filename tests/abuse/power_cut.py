@@ -8,7 +8,6 @@ to verify whole; then the same command has to bring it to the bytes of a run wit
 conversion, half as many of one that replaces a model, a tenth of what changes a whole model.
 """
 
-import argparse
 import copy
 import random
 import shutil
@@ -130,13 +129,7 @@ def figures(cuts: list[Cut]) -> dict[str, int | float | str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if disk.missing():
-        print(disk.missing())
-        return 1
+    args = disk.options(__doc__ or "", 500)
     start, cuts = time.monotonic(), list[Cut]()
     with tempfile.TemporaryDirectory() as folder, tasks(Path(folder), SHARES) as (shim, found):
         for task in found:

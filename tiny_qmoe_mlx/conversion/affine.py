@@ -8,6 +8,7 @@ import numpy as np
 from tiny_qmoe_mlx.codecs import affine
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.original.source import computed
 from tiny_qmoe_mlx.spec import ALIGNMENTS, LayerSpec
 
 GROUP = 64  # of weights that are quantized here
@@ -105,6 +106,6 @@ def _stored(
     out = {}
     for key in list(own):
         array = own.pop(key)
-        out[key] = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+        out[key] = computed(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
     mx.clear_cache()
     return out

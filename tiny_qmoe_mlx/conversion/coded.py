@@ -25,6 +25,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
+from tiny_qmoe_mlx.original.source import computed
 from tiny_qmoe_mlx.spec import (
     ALIGNMENTS,
     FORMAT_VERSION,
@@ -203,12 +204,12 @@ def _arrays(path: str, module: nn.Module, packing: Packing) -> Arrays:
     for name in names:
         checkpoint.require_finite(f"{path}.{name}", module[name])
     if packing.mode == "levels":
-        return levels.quantize(np.array(module["weight"].astype(mx.float32)), packing.group_size)
+        return levels.quantize(computed(module["weight"].astype(mx.float32)), packing.group_size)
     return {name: _stored(module[name]) for name in names}
 
 
 def _stored(array: mx.array) -> np.ndarray:
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    return computed(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
 def _expert_part(found: checkpoint.ExpertLayer) -> Part:

@@ -15,6 +15,7 @@ import numpy as np
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original.checkpoint import named_modules
+from tiny_qmoe_mlx.original.source import computed
 
 TOKENS_AT_ONCE = 1024  # of a layer's call: what bounds its activations
 Call = Callable[[np.ndarray], mx.array]  # a decoder layer on a stream (sequences, length, d) float32
@@ -219,7 +220,7 @@ def _route_piece(call: Call, experts: Experts, stream: np.ndarray, width: int) -
     slopes = _float32(slope).reshape(-1, slope.shape[-1])
     linear = bool(np.all(np.isfinite(slopes)) and not slopes[:, k:].any() and slopes[:, :k].min() >= 0)
     tokens = _float32(x).reshape(-1, x.shape[-1])
-    chosen = np.array(indices).astype(np.int32).reshape(len(tokens), k)
+    chosen = computed(indices).astype(np.int32).reshape(len(tokens), k)
     weight = slopes[:, :k] if linear else np.ones((len(tokens), k), np.float32)
     return Routed(tokens, chosen, np.ascontiguousarray(weight), _float32(base).reshape(-1, base.shape[-1]), linear)
 
@@ -248,4 +249,4 @@ MOST_PICKS = 64
 
 
 def _float32(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32))
+    return computed(array.astype(mx.float32))

@@ -34,6 +34,7 @@ from tiny_qmoe_mlx.hub.upload import Uploader
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
+from tiny_qmoe_mlx.original.source import computed
 from tiny_qmoe_mlx.report import write as report
 from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODED, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, clear_leftovers, disk_full
@@ -381,7 +382,7 @@ def _embedded(model: nn.Module, tokens: np.ndarray) -> np.ndarray:
 
     def visit(index: int, layer: nn.Module, call: layerwise.Call, x: mx.array) -> mx.array:
         if index == 0:
-            got.append(np.array(x.astype(mx.float32)))
+            got.append(computed(x.astype(mx.float32)))
         return x
 
     layerwise.run_layers(model, tokens, visit)

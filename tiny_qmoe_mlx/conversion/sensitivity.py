@@ -18,6 +18,7 @@ from tiny_qmoe_mlx.conversion.expert_pass import original_outputs
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.original import checkpoint, dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
+from tiny_qmoe_mlx.original.source import computed
 
 NOISE = 0.1  # relative to a token's expert output: small enough for its square to count, large against rounding
 PER_LAYER, LENGTH = 2, 64  # sequences for each layer, and their tokens
@@ -51,7 +52,7 @@ def sensitivities(source: Path, kinds: dict[int, ExpertKind], tokens: np.ndarray
 
     def visit(index: int, layer: nn.Module, call: layerwise.Call, x: mx.array) -> mx.array:
         if not streams:
-            streams["clean"] = np.array(x.astype(mx.float32))
+            streams["clean"] = computed(x.astype(mx.float32))
             streams["noisy"] = streams["clean"][:0]
         rest.require_finite(rest.weights(layer), f"{paths[index]}.")
         layerwise.as_float32(layer)

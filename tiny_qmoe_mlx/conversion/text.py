@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 
 BUILTIN_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
@@ -134,7 +135,7 @@ def read_text(path: Path, where: str = "calibration") -> str:
     """
     if not path.is_file():
         raise FormatError(f"[{where}] {path} should be a text file; there is no such file.")
-    raw = path.read_bytes()
+    raw = read_bytes(path)
     if not raw.strip():
         raise FormatError(f"[{where}] {path} should hold text, it is empty.")
     try:

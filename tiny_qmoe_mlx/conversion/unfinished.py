@@ -169,6 +169,8 @@ def kept_tokens(directory: Path, make: Callable[[], np.ndarray | None]) -> np.nd
             if found.dtype != np.int32 or found.ndim != 2 or (found < 0).any():
                 raise ValueError("no tokens")
             return found
+        except OSError:
+            raise
         except Exception as error:  # numpy reads the header as Python's tokenizer does, which fails in ways of its own
             raise CannotGoOn(f"[{path}] is damaged; remove {directory} and convert again.") from error
     tokens = make()

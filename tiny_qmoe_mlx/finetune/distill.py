@@ -12,6 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from tiny_qmoe_mlx.original.source import computed
+
 Progress = Callable[[str, int, int], None]
 LARGEST_CHANGE = math.log(4.0)  # of a gain, either way: all that is useful, and far from float16's limits
 BETAS, EPSILON = (0.9, 0.98), 1e-12
@@ -31,7 +33,7 @@ def teach(model: Callable, tokens: np.ndarray, top: int, progress: Progress) -> 
     """A model's predictions on int (n, T) tokens, sequence by sequence; what is not among the `top` is one rest."""
     ids, log_p = [], []
     for i, row in enumerate(tokens):
-        logits = np.array(model(mx.array(row[None]))[0].astype(mx.float32))
+        logits = computed(model(mx.array(row[None]))[0].astype(mx.float32))
         best = np.argpartition(logits, -min(top, logits.shape[-1]), axis=-1)[:, -top:]
         shifted = logits - logits.max(-1, keepdims=True)
         total = np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -202,6 +204,6 @@ def held_out_loss(model: nn.Module, tokens: np.ndarray, teacher: Teacher, held_o
     """Mean KL in nats on the last `held_out` sequences."""
     found = []
     for i in range(len(tokens) - held_out, len(tokens)):
-        logits = np.array(model(mx.array(tokens[i : i + 1]))[0].astype(mx.float32))
+        logits = computed(model(mx.array(tokens[i : i + 1]))[0].astype(mx.float32))
         found.append(divergence(logits, teacher.ids[i], teacher.log_p[i])[0].mean())
     return float(np.mean(found))

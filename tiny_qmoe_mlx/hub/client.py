@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tiny_qmoe_mlx import plain_files
+from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -119,7 +120,7 @@ def fingerprint(found: Located) -> dict[str, Any]:
     config = found.directory / "config.json"
     facts: dict[str, Any] = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in _weights(found.directory)}
     if config.is_file():
-        facts["config.json"] = hashlib.sha256(config.read_bytes()).hexdigest()
+        facts["config.json"] = hashlib.sha256(read_bytes(config)).hexdigest()
     return facts
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tiny_qmoe_mlx import safetensors_header
+from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.staging import atomic_file, check_space, disk_full, write_json
@@ -125,7 +126,7 @@ class SourceShards:
         if not file.is_file():
             return None
         try:
-            notes = json.loads(file.read_bytes())
+            notes = json.loads(read_bytes(file))
             begun = (notes["model"], notes["revision"])
             shards = {name: Shard(**facts) for name, facts in notes["shards"].items()}
             whole = set(notes["whole"])

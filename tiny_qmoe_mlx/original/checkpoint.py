@@ -24,7 +24,7 @@ from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
 from tiny_qmoe_mlx.original import dense, shipped
 from tiny_qmoe_mlx.original.adapted import MATRIX_NAMES, model_classes
-from tiny_qmoe_mlx.original.source import Source
+from tiny_qmoe_mlx.original.source import Source, computed
 from tiny_qmoe_mlx.spec import LayerSpec, expert_file_name
 
 
@@ -348,8 +348,7 @@ def require_finite_experts(layer: ExpertLayer, name: str, values: mx.array | np.
 
 
 def _float32(array: mx.array) -> np.ndarray:
-    # copied, so that MLX's own array is freed; in C order, since a sum over another order differs in its last bit
-    values = np.array(array.astype(mx.float32), order="C")
+    values = computed(array.astype(mx.float32))  # copied, so that MLX's own array is freed
     del array
     mx.clear_cache()
     return values

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from tiny_qmoe_mlx.disk_errors import is_disk
 from tiny_qmoe_mlx.disk_reads import Tensor, read_array, read_header
 
 # names of routed experts' tensors, in checkpoints and in mlx-lm; the second kind belongs to one expert only
@@ -29,6 +30,19 @@ ROUTED = re.compile(r"\.(experts|switch_mlp|switch_glu)\.")
 ONE_EXPERT = re.compile(r"\.experts\.(expert_)?\d+\.")
 NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U16": "<u2", "U8": "u1", "F8_E4M3": "u1"}
 NUMPY["F8_E8M0"] = "u1"  # MLX too takes the 8-bit floats as bytes
+
+
+def computed(array: mx.array) -> np.ndarray:
+    """An array's values in numpy, in C order (a sum over another order differs in its last bit).
+
+    Computed first: where a file behind a lazy array cannot be read, `mx.eval` says so, but numpy asks again in other
+    ways, and now and then takes what the memory holds (MLX 0.32).
+
+    Raises:
+        RuntimeError: a file could not be read.
+    """
+    mx.eval(array)
+    return np.array(array, order="C")
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,9 @@ class Source:
         try:
             with _stacking(experts, count):
                 found = self._sanitize(self._tensors(layer, experts, count))
-        except Exception:  # a sanitize that needs all experts; it has run without error when the model was loaded
+        except Exception as error:  # a sanitize that needs all experts; it ran without error when the model was loaded
+            if is_disk(error):
+                raise
             found = self._sanitize(self._tensors(layer, range(count), count))
         prefix = f"{path}."
         own = {name.removeprefix(prefix): array for name, array in found.items() if name.startswith(prefix)}

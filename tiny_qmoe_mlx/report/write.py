@@ -17,6 +17,7 @@ import xxhash
 
 from tiny_qmoe_mlx import __version__, masked_spans
 from tiny_qmoe_mlx.container import FORMAT_VERSION, MANIFEST, SELF, Container, file_hash, read_config, read_manifest
+from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.original import checkpoint
@@ -113,8 +114,8 @@ def _finite(value: Any) -> Any:
 def read_quality(directory: Path) -> dict[str, Any]:
     """quality.json of a directory; {} where there is none that can be read."""
     try:
-        found = json.loads((directory / QUALITY).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_bytes(directory / QUALITY))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -162,7 +163,7 @@ def _write_card(directory: Path, source: Path | None, quality: dict[str, Any], n
     pictures = [picture for picture in (RATES, LAYERS) if (directory / picture).is_file()]
     measured = quality if "kl" in quality else {}
     generated = card.card_text(name, container, measured, quality.get("made") or {}, pictures)
-    old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    old = read_bytes(path).decode(errors="replace") if path.is_file() else None
     whole = card.merge(old, card.front_text(metadata), generated)
     if whole is None:
         return [f"{path} was left as it is: it has no part that tiny-qmoe-mlx wrote"]

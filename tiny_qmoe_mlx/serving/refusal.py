@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from tiny_qmoe_mlx import terminal
+
 KINDS = {401: "authentication_error", 403: "permission_error"}
 
 
@@ -29,4 +31,4 @@ class Refused(Exception):
 
 def reason(error: BaseException) -> str:
     """An error as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return terminal.sentence(error)[:300]

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from tiny_qmoe_mlx.codecs.trellis import UNIT
+from tiny_qmoe_mlx.disk_errors import named
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.spec import MAX_EXPERTS, MAX_LAYERS, MAX_RECORD
 
@@ -108,7 +109,8 @@ class TraceWriter:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sentence = f"[{self.path}] the disk is full, the trace ends early; free some space or write it elsewhere"
             raise OSError(error.errno, sentence) from error
-        raise error
+        with named(self.path):
+            raise error
 
     def close(self) -> None:
         """Write what is buffered and close the file; a second call does nothing.

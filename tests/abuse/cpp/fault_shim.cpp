@@ -350,7 +350,7 @@ __attribute__((constructor)) static void begin() {
     fault_configure(getenv("FAULT_DIRECTORY"), getenv("FAULT_PLAN"), getenv("FAULT_LOG"), getenv("FAULT_JOURNAL"));
 }
 
-__attribute__((destructor)) static void fault_counts() {
+extern "C" __attribute__((destructor)) void fault_counts() {
     std::ostringstream line;
     line << "calls";
     for (int i = 0; i < OPS; i++) line << " " << OP_NAMES[i] << "=" << plan().calls[i];
