@@ -31,6 +31,7 @@ from abuse import record
 PROMISE = "A signal at any moment ends any command soon, in one line, with the status that shells expect."
 SOON_S = 90  # a machine that is busy; a hang is for ever
 HOW = ("SIGINT", "SIGINT twice", "SIGTERM", "SIGHUP", "reader leaves")
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<a>' if add_generation_prompt }}"
 SMALL = ("--calibration-sequences", 8, "--calibration-tokens", 64, "--report")
 
 
@@ -48,6 +49,7 @@ class Bench:
         import tiny_models
 
         self.source = tiny_models.make_checkpoint(self.root / "hf", "qwen3_moe")
+        (self.source / "chat_template.jinja").write_text(TEMPLATE)
         self.text = self.root / "text.txt"
         words = "the river stone light walks under old quick bright over slow small green house tree".split()
         self.text.write_text(" ".join(random.Random(0).choices(words, k=2000)))
