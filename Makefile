@@ -2,6 +2,7 @@
 # make test        the tests that take seconds;  make test-slow  all of them
 # make lint        ruff and mypy
 # make mutants     plants 186 defects in the Metal kernels, one at a time: the tests must catch them (minutes)
+# make reliability  everything that tries to break a promise, whole (hours), and docs/RELIABILITY.md of what came out
 # make wheel       a wheel in dist/
 # make clean       removes .venv and what was built
 # PYTHON=python3.12 chooses the interpreter; else the newest one from 3.10 on that is installed.
@@ -16,7 +17,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 SOURCES = pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 
-.PHONY: demo test test-slow lint mutants wheel clean
+.PHONY: demo test test-slow lint mutants reliability wheel clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tiny_qmoe_mlx.generate --model demo
@@ -33,6 +34,9 @@ lint: $(VENV)/.dev
 
 mutants: $(VENV)/.dev
 	$(RUN) tests/metal_mutants.py
+
+reliability: $(VENV)/.dev $(VENV)/.demo
+	PYTHONPATH=tests $(RUN) -m abuse.whole
 
 wheel: $(VENV)/.dev
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -51,6 +51,11 @@ def page(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write the page."""
     PAGE.write_text(page(read_all()))
     print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    write()
