@@ -5,7 +5,6 @@ runs (streaming/store). Sizes are bytes.
 """
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -41,6 +40,7 @@ from tiny_qmoe_mlx.staging import (
     check_space,
     check_target,
     staged_directory,
+    sync_file,
     write_json,
 )
 
@@ -139,7 +139,7 @@ def write_manifest(directory: str | Path) -> None:
         if layer:
             files[path.name]["header_bytes"] = read_experts_header(directory, layer, spec.alignment)
         files[path.name]["xxh3_128"] = file_hash(path, files[path.name].get("header_bytes"), layer)
-        _sync_file(path)
+        sync_file(path)
     if layers:
         raise FormatError(f"[{next(iter(layers))}] is named by {CONFIG} and missing in {directory}.")
     manifest = {"format_version": FORMAT_VERSION, "files": files, SELF: "0" * 32}
@@ -147,11 +147,6 @@ def write_manifest(directory: str | Path) -> None:
     digest = xxhash.xxh3_128_hexdigest(text.encode())
     with atomic_file(directory / MANIFEST) as file:
         file.write((text[: text.rindex("0" * 32)] + digest + text[text.rindex("0" * 32) + 32 :]).encode())
-
-
-def _sync_file(path: Path) -> None:
-    with named(path), open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def file_hash(path: Path, header_bytes: int | None = None, layer: LayerSpec | None = None) -> str:

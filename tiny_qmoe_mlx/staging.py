@@ -31,6 +31,12 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with named(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def disk_full(error: OSError, path: Path) -> OSError:
     """The same error, with a sentence that names the file where the disk (or the quota) ran out."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -68,8 +74,7 @@ def replaced_file(path: Path, temporary: Path) -> Iterator[Path]:
         temporary.unlink()
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException as error:
