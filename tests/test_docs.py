@@ -57,7 +57,8 @@ def test_pages_have_commands_and_links_lead_somewhere():
 
 
 def test_every_command_is_of_a_kind_that_is_checked():
-    kinds = r"tiny_qmoe_mlx\.|mlx_lm\.|make |pytest |pip |\.ci/run|python (benchmarks|examples|tests)/|PYTHON="
+    kinds = r"tiny_qmoe_mlx\.|mlx_lm\.|make |pytest |pip |\.ci/run|python (benchmarks|examples|tests)/|PYTHON=|"
+    kinds += r"python -m abuse\."
     for page, line in COMMANDS:
         assert re.search(kinds, line), f"{page}: {line}"
 
@@ -83,6 +84,13 @@ def test_pytest_finds_the_files(line):
     for word in shlex.split(line):
         if word.startswith("tests/"):
             assert list(ROOT.glob(word.split("::")[0])), word
+
+
+@pytest.mark.parametrize("line", sorted({line for _, line in COMMANDS if "-m abuse." in line}))
+def test_what_tries_to_break_promises_is_there(line):
+    words = shlex.split(line)
+    module = words[words.index("-m") + 1]
+    assert (ROOT / "tests" / f"{module.replace('.', '/')}.py").is_file(), module
 
 
 @lru_cache
