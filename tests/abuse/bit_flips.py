@@ -7,6 +7,7 @@ write the tokens that the whole model writes.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -28,7 +29,7 @@ from tiny_qmoe_mlx.generate import stream_generate
 from tiny_qmoe_mlx.plan import plan
 
 PROMISE = "No flipped bit escapes verify, and none lets a run write a wrong token."
-EXPERTS = "model-experts-"
+PART = 200  # flips of a part of a run
 KINDS = (
     (r"model-experts-.*", "experts"),
     (r"model.*\.safetensors", "other weights"),
@@ -47,6 +48,7 @@ class Found:
 
     outcomes: Counter = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def note(self, kind: str, named: bool, run: str, what: str) -> None:
         self.outcomes[kind, "tried"] += 1
@@ -55,6 +57,20 @@ class Found:
             self.broken.append(f"{what}: verify does not name it")
         if run == "wrong":
             self.broken.append(f"{what}: the run wrote other tokens")
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """The outcomes, as JSON can hold them."""
+        return [(*key, count) for key, count in self.outcomes.items()]
+
+    @staticmethod
+    def of(rows: list[list], broken: list[str], seconds: float) -> "Found":
+        """What `rows` and the other fields were."""
+        return Found(Counter({(kind, key): count for kind, key, count in rows}), broken, seconds)
+
+    def add(self, other: "Found") -> None:
+        self.outcomes += other.outcomes
+        self.broken += other.broken
+        self.seconds += other.seconds
 
 
 def kind_of(name: str) -> str:
@@ -233,14 +249,39 @@ def damage(found: Found, model: Model, other: Model, scratch: Path) -> None:
 # ---- the run
 
 
-def break_models(root: Path, codecs: list[str], count: int, seed: int) -> Found:
-    """All of it, `count` flips shared out over the codecs."""
-    found, pick = Found(), random.Random(seed)
+def parts(codecs: list[str], count: int) -> Iterator[tuple[str, int, int]]:
+    """(codec, number, flips) of pieces of a run that can each be kept by itself."""
+    each = -(-count // len(codecs))
     for codec in codecs:
-        model = Model(tiny.make(root, codec))
-        flip_bits(found, model, count // len(codecs), pick)
-        rot(found, model, max(5, count // 20 // len(codecs)), pick)
+        for number, start in enumerate(range(0, each, PART)):
+            yield codec, number, min(PART, each - start)
+
+
+def break_part(root: Path, codec: str, number: int, flips: int, seed: int) -> Found:
+    """Flip bits, and let records rot; the first part of a codec also damages whole records and files."""
+    found, pick = Found(), random.Random(f"{seed} {codec} {number}")
+    model = Model(tiny.make(root, codec))
+    flip_bits(found, model, flips, pick)
+    rot(found, model, max(5, flips // 20), pick)
+    if number == 0:
         damage(found, model, Model(tiny.make(root, codec, seed=1)), root)
+    return found
+
+
+def break_models(root: Path, codecs: list[str], count: int, seed: int, keep: Path | None = None) -> Found:
+    """All parts, together; those whose outcome lies in `keep` are taken from there."""
+    found = Found()
+    for codec, number, flips in parts(codecs, count):
+        kept = keep / f"{codec}-{number}-{flips}-{seed}.json" if keep else None
+        if kept is None or not kept.exists():
+            begun = time.monotonic()
+            part = break_part(root, codec, number, flips, seed)
+            part.seconds = time.monotonic() - begun
+            if kept:
+                kept.write_text(json.dumps([part.rows(), part.broken, part.seconds]))
+        else:
+            part = Found.of(*json.loads(kept.read_text()))
+        found.add(part)
     return found
 
 
@@ -255,16 +296,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000, help="bits to flip (default 10000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="go on with a run that was stopped: models and outcomes"
+    )
     args = parser.parse_args(argv)
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as root:
-        found = break_models(Path(root), list(tiny.MADE), args.count, args.seed)
+    with tempfile.TemporaryDirectory() as own:
+        root = args.keep or Path(own)
+        root.mkdir(parents=True, exist_ok=True)
+        found = break_models(root, list(tiny.MADE), args.count, args.seed, args.keep)
     files = {kind for _, kind in KINDS}
     flips = sum(n for (kind, key), n in found.outcomes.items() if key == "tried" and kind in files)
     shown = {"codecs": ", ".join(tiny.MADE), "bits flipped": flips, **figures(found)}
     for line in found.broken[:20]:
         print(line, file=sys.stderr)
-    record.keep(4, "bit_flips", PROMISE, "abuse.bit_flips", time.monotonic() - begun, shown, len(found.broken))
+    record.keep(4, "bit_flips", PROMISE, "abuse.bit_flips", found.seconds, shown, len(found.broken))
     return int(bool(found.broken))
 
 

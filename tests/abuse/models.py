@@ -47,9 +47,9 @@ MADE: dict[str, tuple[Callable[[Path, int], Path], Settings]] = {
 
 
 def make(root: Path, codec: str, seed: int = 0) -> Path:
-    """A converted model below `root`; another seed gives one of the same shapes."""
-    source, settings = MADE[codec]
-    return conversion.convert(source(root / f"{codec}-{seed}", seed), root / f"{codec}-{seed}" / "out", settings)
+    """A converted model below `root`, made if it is not there; another seed gives one of the same shapes."""
+    (source, settings), out = MADE[codec], root / f"{codec}-{seed}" / "out"
+    return out if out.exists() else conversion.convert(source(out.parent, seed), out, settings)
 
 
 def tokens(directory: Path, checks: str = "first") -> list[int]:
