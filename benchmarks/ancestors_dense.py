@@ -15,23 +15,22 @@ from typing import Any
 
 import dense_directories as directories
 from common import print_table
-from dense_directories import LOADERS, Extent, Original
+from dense_directories import Extent, Original
 
 from tiny_qmoe_mlx import blas
 from tiny_qmoe_mlx.plan import plan
 
-BITS = (1.5, 2.0, 3.0, 4.0)
 PROMPT, TOKENS = "The tallest mountain of the world is", 48
 CONTEXT = 256
 
 
 def show(extent: Extent) -> dict[str, Any]:
-    """Convert what is missing, measure, print; by model its rows. Quick: 2 bits alone."""
+    """Convert what is missing, measure, print; by model its rows."""
     found = {}
-    for name in LOADERS:
+    for name in extent.models:
         with tempfile.TemporaryDirectory() as scratch, blas.shared_machine():
             source = directories.original(name, extent.folder or Path(scratch), extent)
-            found[name] = list(rows(source, (2.0,) if extent.quick else BITS))
+            found[name] = list(rows(source, extent.rates))
         print_rows(name, found[name])
     return found
 

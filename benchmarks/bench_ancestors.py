@@ -19,7 +19,7 @@ import ancestors_qmoe
 import ancestors_table
 import bench_tiny_qmoe
 from common import machine
-from dense_directories import Extent
+from dense_directories import LOADERS, Extent
 
 PARTS: dict[str, Callable[[Extent], dict[str, Any]]] = {
     "qmoe": lambda extent: ancestors_qmoe.show(extent.quick),
@@ -36,13 +36,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where converted models are kept (default: a temporary directory)")
     parser.add_argument("--calibration", type=int, help="stretches of 512 tokens of each of two texts (24; quick: 4)")
     parser.add_argument("--held-out", type=int, help="stretches of each that are predicted (8; quick: 1)")
+    parser.add_argument("--rates", type=float, nargs="*", help="of dense: bits (1.5 2 3 4; quick: 2)")
+    parser.add_argument("--models", nargs="*", choices=LOADERS, default=[*LOADERS], help="of dense (both)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"parts should be of {', '.join(PARTS)}; received {unknown[0]!r}")
     stretches = args.calibration or (4 if args.quick else 24), args.held_out or (1 if args.quick else 8)
-    extent = Extent(args.folder, *stretches, args.quick)
+    rates = tuple(args.rates or ((2.0,) if args.quick else Extent.rates))
+    extent = Extent(args.folder, *stretches, rates, tuple(args.models), args.quick)
     found = {name: PARTS[name](extent) for name in args.parts or PARTS}
     if args.json:
         print(json.dumps({**found, "machine": machine()}))

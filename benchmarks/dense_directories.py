@@ -32,12 +32,14 @@ LOADERS: dict[str, tuple[Callable[[], Dense], Callable[[Path], Path]]] = {
 @dataclass(frozen=True)
 class Extent:
     """How much is measured. folder: where converted models are kept, None for a temporary one; calibration, held_out:
-    stretches of each of the two texts; quick: fewer rates and turns.
+    stretches of each of the two texts; rates, models: of the part on dense models; quick: fewer turns, one trellis.
     """
 
     folder: Path | None = None
     calibration: int = bench_quality.CALIBRATION
     held_out: int = 8
+    rates: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
+    models: tuple[str, ...] = ("SmolLM2-135M", "Gemma-3-270m")
     quick: bool = False
 
 
