@@ -138,6 +138,15 @@ def test_a_signal_that_a_library_swallows_is_raised_again(interruptible, sent, s
     assert child.communicate(timeout=60)[0] == b"" and child.returncode == status
 
 
+@pytest.mark.parametrize(("sent", "status", "text"), [(signal.SIGINT, 130, b""), (signal.SIGTERM, 143, b"")])
+def test_a_signal_on_the_way_out_ends_the_process_without_a_traceback(interruptible, sent, status, text):
+    """Ctrl-C a second time, while Python waits for threads at its end, printed what it broke into."""
+    child = run_script(
+        f"    import atexit, os; atexit.register(lambda: (os.kill(os.getpid(), {int(sent)}), time.sleep(60)))"
+    )
+    assert child.communicate(timeout=60) == (b"", text) and child.returncode == status
+
+
 def test_a_reader_that_leaves_is_no_error():
     child = run_script("    print('x' * 70000 + '\\n'); sys.stdin.read(); print('y' * 1000000)", stdin=subprocess.PIPE)
     assert child.stdout is not None and child.stdin is not None and child.stderr is not None

@@ -126,6 +126,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         The exit status: 1 for errors, 130 after Ctrl-C. With `--debug` the error is raised instead.
     """
     global _stopped
+    own = argv is None
     argv, _stopped = sys.argv[1:] if argv is None else argv, 0
     signal.signal(signal.SIGTERM, _stop)
     # not where a shell runs this in the background; the system's own since the package was imported (__init__.py)
@@ -148,6 +149,16 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         error = KeyboardInterrupt() if _stopped else error
         print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    finally:
+        if own:
+            _let_leave()
+
+
+def _let_leave() -> None:
+    """All has been said: from now on a signal ends the process at once, where Python would print what it broke into."""
+    for number, status in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, lambda *_, status=status: os._exit(status))
 
 
 _stopped = 0  # the exit status that a signal asked for
