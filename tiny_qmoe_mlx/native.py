@@ -94,7 +94,7 @@ def _array(where: str, name: str, value: object, dtype: type, shape: tuple[int |
     if value.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"[native.{where}] {name} should have shape ({wanted}), received {value.shape}.")
-    return np.require(value, requirements=("C", "A"))
+    return np.require(value, requirements=["C", "A"])
 
 
 def _output(where: str, out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

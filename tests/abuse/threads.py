@@ -272,8 +272,8 @@ def interrupted(bench: Bench, draw: random.Random) -> None:
         for _ in range(10):
             which = draw.randrange(len(PROMPTS))
             timer = threading.Timer(draw.uniform(0, 0.2), os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
             try:
+                timer.start()
                 tokens_of(*loaded, PROMPTS[which])
                 timer.join()
                 time.sleep(0.01)
