@@ -137,7 +137,7 @@ def test_chats_go_through_the_template(original, tmp_path):
             r"line 2, does not go through the model's chat template: roles must alternate",
         ),
         ('{"prompt": "x", "completion": "y"}', "{{ nothing.at.all }}", r"does not go through .* undefined"),
-        ('{"prompt": "\\ud800", "completion": "y"}', TEMPLATE, r"line 2, "prompt" should be Unicode"),
+        ('{"prompt": "\\ud800", "completion": "y"}', TEMPLATE, r'line 2, "prompt" should be Unicode'),
     ],
 )
 def test_chats_that_do_not_serve(original, tmp_path, line, template, message):
