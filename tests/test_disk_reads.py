@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -33,6 +34,12 @@ def test_tensors_are_those_of_the_library(file):
     for name, array in load_file(file).items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_file_without_metadata_as_mlx_writes_it(tmp_path):
+    mx.save_safetensors(str(tmp_path / "m.safetensors"), {"a": mx.arange(4)})
+    tensors, words = disk_reads.read_header(tmp_path / "m.safetensors")
+    assert list(tensors) == ["a"] and words == {}
 
 
 def with_header(file: Path, change) -> None:

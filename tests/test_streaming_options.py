@@ -64,7 +64,7 @@ def test_bad_options_are_refused_with_a_sentence(here, converted, tmp_path, case
     assert names(tmp_path) == before
 
 
-def test_ctrl_c_keeps_the_profile(converted, tmp_path):
+def test_ctrl_c_keeps_the_profile(converted, tmp_path, interruptible):
     options = ("--prompt", "x", "--max-tokens", 1000, "--profile", tmp_path / "use.json")
     child = start("generate", "--model", converted, *options)
     assert child.stdout.read(20)

@@ -70,7 +70,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header, data = safetensors_header.read(path, str(path))
     base = path.stat().st_size - data
     safetensors_header.check_tensors(header, data, str(path))
-    words = header.pop("__metadata__", {})
+    words = header.pop("__metadata__", None) or {}
     tensors = {n: Tensor(e["dtype"], tuple(e["shape"]), base + e["data_offsets"][0]) for n, e in header.items()}
     return tensors, words
 

@@ -89,6 +89,8 @@ def check_tensors(header: dict[str, Any], data: int, where: str) -> int:
     for name, entry in header.items():
         if name != "__metadata__":
             ends.append((*_offsets(name, entry, where), name))
+        elif entry is None:  # as mx.save_safetensors writes it where it is given none
+            continue
         elif type(entry) is not dict or not all(type(value) is str for value in entry.values()):
             raise FormatError(f"[{where}] __metadata__ of its header should be an object of texts; {AGAIN}.")
     before = 0

@@ -24,7 +24,7 @@ import numpy as np
 from metal_cases import ALPHA, LIMIT, TOLERANCE, Case, activation64, float64, make_case, module_of
 
 from abuse import record
-from tiny_qmoe_mlx import metal, native
+from tiny_qmoe_mlx import metal, metal_qmoe, native
 from tiny_qmoe_mlx.codecs import rotation
 
 PROMISE = "Where mlx-lm on the same dequantized weights gives a finite number, so do all paths, close to float64."
@@ -178,7 +178,8 @@ def by_metal_prefill(trial: Trial) -> mx.array:
 def emulated() -> Iterator[None]:
     """Metal kernels made inside run in the emulator; gather_mm, which MLX's CPU backend has in float32 alone, rounds
     its float32 sums as a GPU does."""
-    builders, plain = [f for name, f in vars(metal).items() if name.endswith("_kernel")], mx.gather_mm
+    named = [item for module in (metal, metal_qmoe) for item in vars(module).items()]
+    builders, plain = [made for name, made in named if name.endswith("_kernel")], mx.gather_mm
 
     def gather_mm(a: mx.array, b: mx.array, **options: object) -> mx.array:
         return plain(a.astype(mx.float32), b.astype(mx.float32), **options).astype(a.dtype)
