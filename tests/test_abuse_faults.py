@@ -95,7 +95,7 @@ def test_schedules_that_broke_the_promise(shim, work, commands, what):
 
 def test_random_schedules_of_reading(shim, work, commands):
     rng, quick = random.Random(1), [commands[name] for name in QUICK]
-    found = [faults_reading.attempt(shim, work, *faults_reading.draw(quick, rng)) for _ in range(6)]
+    found = [faults_reading.attempt(shim, work, *faults_reading.draw(quick, rng)) for _ in range(4)]
     assert not [outcome for outcome in found if outcome.wrong], found
 
 
@@ -118,7 +118,7 @@ def test_kills_and_full_disks(written):
 
 def test_power_cuts_of_a_conversion(written):
     work, shim, found = written
-    cuts = list(power_cut.campaign(power_cut.journal(shim, work, found[0]), work, 40, 7))
+    cuts = list(power_cut.campaign(power_cut.journal(shim, work, found[0]), work, 20, 7))
     assert not [cut for cut in cuts if cut.wrong], cuts
     assert {"nothing", "unfinished"} <= {cut.found for cut in cuts}
 
