@@ -90,13 +90,14 @@ def load() -> Dense:
 
 
 def _tokenizer(fields: dict[str, Any]) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 

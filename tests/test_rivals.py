@@ -207,3 +207,13 @@ def test_bad_options_give_one_sentence(
 def test_methods_are_named_method_and_asked() -> None:
     assert {"gptq 2", "qmoe 1.5", "awq 3", "dwq 3", "llama.cpp IQ2_XXS", "llama.cpp-joined Q3_K"} <= set(rivals.METHODS)
     assert all(len(name.split()) == 2 for name in rivals.METHODS)
+
+
+def test_text_of_tokens_comes_back():
+    """A calibration text is written from windows of tokens: pieces as the vocabulary spells them are no text."""
+    text = "An old tree, 12 years."
+    units = ["An", "Ġold", "Ġtree", ",", "Ġ", "1", "2", "Ġyears", "."]
+    letters = sorted({c for unit in units for c in unit})
+    fields = {"tokenizer.ggml.merges": [], "tokenizer.ggml.tokens": letters}
+    tokenizer = dense_llama._tokenizer(fields)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text

@@ -26,7 +26,8 @@ def sync_directory(directory: Path) -> None:
     """Make the renames in a directory durable."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with named(directory):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

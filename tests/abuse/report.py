@@ -25,6 +25,16 @@ short version of each. The threat model is in [SECURITY](SECURITY.md). Commands 
 `PYTHONPATH=tests`.
 """
 
+NOTES = {  # of runs that broke something: what it was, and what came of it
+    "faults_writing": "An fsync of a directory that failed named no file; mended since.",
+    "interrupts": "A second Ctrl-C, while Python itself was ending, printed its traceback; mended since.",
+    "numbers": "One output of a prefill in float16 (6.07e4) came out infinite in the emulator; not explained yet.",
+    "server_load": "Resident memory went beyond the 2 % allowed. Six loads of 25 s in a row left 114, 112, 113, 120, 121 and "
+    "120 MB: steps of the allocator more than growth, it seems; to be run again.",
+    "soak_tiny": "Single samples lie 4.6 % off the median where 2 % are allowed; the medians of the first and the last third "
+    "differ by 1.2 %.",
+}
+
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
@@ -39,6 +49,8 @@ def section(record: Record) -> str:
     lines += [f"    {record.command}", ""]
     lines += [f"{duration(record.seconds)} on {record.machine}, {record.day}.", "", "| | |", "| --- | --- |"]
     lines += [f"| {words} | {shown(figure)} |" for words, figure in record.figures.items()]
+    if record.broken and record.name in NOTES:
+        lines += ["", NOTES[record.name]]
     return "\n".join(lines) + "\n"
 
 
