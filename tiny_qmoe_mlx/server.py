@@ -10,6 +10,7 @@ import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -125,12 +126,11 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
     """Answer until Ctrl-C or a polite kill; answers under way may then end, unless there is a second signal."""
     from tiny_qmoe_mlx import terminal
 
-    stop = threading.Event()
-    _stop_on_signals(stop)
+    asked = _stop_on_signals()
     terminal.check_stopped()  # before
     clients = answer(listening, generation)
     print(ready(args, listening.server_port), flush=True)
-    stop.wait()
+    asked.get()
     listening.shutdown()
     clients.join()
     listening.socket.close()  # nobody else connects
@@ -138,17 +138,24 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
         print(f"answers that took more than {args.grace:g} s were cut off", file=sys.stderr)
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    """The first signal asks to stop, a second ends at once."""
+def _stop_on_signals() -> "SimpleQueue[int]":
+    """The first signal asks to stop, by its number in the queue; a second ends at once.
+
+    No Event: a handler that comes while this very thread holds the Event's lock would wait for it for ever.
+    """
+    asked: SimpleQueue[int] = SimpleQueue()
+    seen: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        if stop.is_set():
+        if seen:
             raise KeyboardInterrupt
-        stop.set()
+        seen.append(number)
+        asked.put(number)
 
     signal.signal(signal.SIGTERM, ask)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not where a shell runs this in the background
         signal.signal(signal.SIGINT, ask)
+    return asked
 
 
 def ready(args: "argparse.Namespace", port: int) -> str:
