@@ -32,6 +32,7 @@ NOTES = {  # of runs that broke something: what it was, and what came of it
     "numbers": "One output of a prefill in float16 (6.07e4) came out infinite in the emulator; not explained yet.",
     "server_load": "Resident memory went beyond the 2 % allowed. Six loads of 25 s in a row left 114, 112, 113, 120, "
     "121 and 120 MB: steps of the allocator more than growth, it seems; to be run again.",
+    "soak_demo": "A batch held 523 MB, more than the budget, and the median rose: not explained yet.",
     "soak_tiny": "Single samples lie 4.6 % off the median where 2 % are allowed; the medians of the first and "
     "last third differ by 1.2 %.",
 }
