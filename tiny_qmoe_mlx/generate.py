@@ -70,7 +70,8 @@ def batch_generate(
     """mlx_lm.batch_generate: answers to several prompts, computed side by side, so that each expert read serves all.
 
     A prompt's chunk is as much shorter as more of them are read at once. KV caches are as many as prompts, each as long
-    as the longest: the context given to `load` should be their sum, or the process may hold more than its budget.
+    as the longest and a step of 256 tokens: the context given to `load` should be their sum, or the process may hold
+    more than its budget; with return_prompt_caches those of all prompts come on top.
 
     Args:
         model, tokenizer: from `load`.

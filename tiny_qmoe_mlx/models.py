@@ -15,8 +15,8 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
+from tiny_qmoe_mlx import allocator, footprint, ops, plain_files, probes, process, qmoe_probe, rans_probe, whole
 from tiny_qmoe_mlx import budget as budgets
-from tiny_qmoe_mlx import footprint, ops, plain_files, probes, process, qmoe_probe, rans_probe, whole
 from tiny_qmoe_mlx.codecs import qmoe, tuples
 from tiny_qmoe_mlx.container import LOOSE, Container, check_hash, open_model
 from tiny_qmoe_mlx.disk_errors import is_disk, weights_of
@@ -155,11 +155,13 @@ def load(
 
 
 def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tuple[Container, budgets.Budget]:
-    """What comes before the weights: files, budget and GPU are checked, MLX's cache is limited; raises as `load`."""
+    """What comes before the weights: files, budget and GPU are checked, and what is freed goes back to the system;
+    raises as `load`."""
     process.enter("load")
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
+    allocator.return_large_blocks()
     if ops.on_gpu() and container.spec.codec in (CODEC, QMOE):  # MLX's own kernels compute the others
         for coding in {layer.coding for layer in container.spec.layers}:
             check_gpu(container.spec.length, coding)
