@@ -1,5 +1,6 @@
 """The package as a library: its names, batches, closing, two models in one process, threads, types."""
 
+import dataclasses
 import gc
 import inspect
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 from commands import ROOT, environment
+from mlx_lm.generate import BatchGenerator
 
 import tiny_qmoe_mlx
 from tiny_qmoe_mlx import footprint, native
@@ -148,7 +150,7 @@ def test_batch_gives_the_texts_that_each_prompt_gets_alone(made, share):
 
 @needs_compiler
 def test_batch_keeps_to_the_chunk_that_the_budget_counts_on(made, monkeypatch):
-    model, tokenizer = load(made("qwen3_moe"))
+    model, tokenizer = tiny_qmoe_mlx.load(made("qwen3_moe"), context=4 * CONTEXT)
     seen, plain = [], RecordExperts.__call__
     monkeypatch.setattr(RecordExperts, "__call__", lambda self, x, i: seen.append(i.shape[:-1]) or plain(self, x, i))
     prompts = [[(7 * i + j) % 256 for i in range(300)] for j in range(4)]
@@ -157,6 +159,33 @@ def test_batch_keeps_to_the_chunk_that_the_budget_counts_on(made, monkeypatch):
     seen.clear()
     tiny_qmoe_mlx.batch_generate(model, tokenizer, prompts, max_tokens=2, prefill_batch_size=2)
     assert max(seen) == (2, footprint.PREFILL_CHUNK // 2)
+    model.close()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("share", "most"), [(0, 2), (1, 7)], ids=["fewest experts", "all"])
+def test_batch_keeps_the_kv_caches_within_what_the_budget_has_for_them(made, monkeypatch, share, most):
+    """A context of 1000 tokens and a step hold two rows of 250 + 120 and a step each; memory beside all experts holds the rest."""
+    model, tokenizer = load(made("qwen3_moe"), share)
+    runtime, seen, plain = model.tiny_qmoe, [], BatchGenerator._next
+    spare = 5 * runtime.budget.kv_bytes // 2 if share else 0
+    assert runtime.budget.context == CONTEXT
+    full = runtime.budget.resident_budget_bytes + spare if share else runtime.budget.budget_bytes
+    monkeypatch.setattr(runtime, "budget", dataclasses.replace(runtime.budget, budget_bytes=full))
+
+    def counted(self):
+        found = plain(self)
+        seen.append(len(self._prompt_batch) + len(self._generation_batch))
+        return found
+
+    monkeypatch.setattr(BatchGenerator, "_next", counted)
+    prompts = [[(7 * i + j) % 256 for j in range(20 + 23 * i)] for i in range(11)]
+    sizes = [120 if i == 10 else 1 + 2 * i for i in range(11)]
+    found = tiny_qmoe_mlx.batch_generate(model, tokenizer, prompts, max_tokens=sizes)
+    monkeypatch.undo()
+    assert 2 <= max(seen) <= most
+    pairs = zip(prompts, sizes, strict=True)
+    assert found.texts == [tiny_qmoe_mlx.generate(model, tokenizer, p, max_tokens=size) for p, size in pairs]
     model.close()
 
 

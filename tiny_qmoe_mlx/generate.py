@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from mlx_lm.generate import BatchResponse, GenerationResponse
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from tiny_qmoe_mlx.budget import Budget
+
 PREFILL_BATCH = 8  # prompts that batch_generate reads at once
+COMPLETION_BATCH, MAX_TOKENS = 32, 128  # mlx_lm.batch_generate's own: answers at once, and tokens of each
 COUNTERS = (  # of `model.tiny_qmoe.stats()`, that only grow
     "expert_hits",
     "expert_misses",
@@ -69,9 +72,10 @@ def batch_generate(
 ) -> "BatchResponse":
     """mlx_lm.batch_generate: answers to several prompts, computed side by side, so that each expert read serves all.
 
-    A prompt's chunk is as much shorter as more of them are read at once. KV caches are as many as prompts, each as long
-    as the longest and a step of 256 tokens: the context given to `load` should be their sum, or the process may hold
-    more than its budget; with return_prompt_caches those of all prompts come on top.
+    A prompt's chunk is as much shorter as more of them are read at once. Each has a KV cache as long as the longest
+    prompt with its answer and a step of 256 tokens: prompts whose caches do not fit the context given to `load`, or what
+    the budget has to spare beside all experts, wait until others are done. With return_prompt_caches those of all
+    prompts come on top of the budget.
 
     Args:
         model, tokenizer: from `load`.
@@ -98,8 +102,38 @@ def batch_generate(
     for each in ids:
         _check(model, each)
     options = {"prefill_batch_size": PREFILL_BATCH, **options}
+    if hasattr(model, "tiny_qmoe"):
+        options |= _batch_sizes(_rows(model.tiny_qmoe.budget, ids, options), len(ids), options)
     rows = max(1, min(len(ids), options["prefill_batch_size"]))
     return batch(model, tokenizer, ids, **{"prefill_step_size": max(1, PREFILL_CHUNK // rows), **options})
+
+
+def _rows(budget: "Budget", ids: list[list[int]], options: dict[str, Any]) -> int:
+    """Prompts at a time whose KV caches fit what the budget keeps for them, and what it has beside all experts."""
+    from tiny_qmoe_mlx.footprint import KV_STEP
+
+    most = options.get("max_tokens", MAX_TOKENS)
+    each = most if isinstance(most, list | tuple) else [most] * len(ids)
+    held = [_held(caches) for caches in options.get("prompt_caches") or [[]] * len(ids)]
+    longest = max((sum(parts) for parts in zip(map(len, ids), each, held, strict=False)), default=0)
+    spare = max(0, budget.budget_bytes - budget.resident_budget_bytes)
+    row = budget.kv_bytes * (longest + KV_STEP) // (budget.context + KV_STEP)
+    return max(1, (budget.kv_bytes + spare) // row) if row else len(ids)
+
+
+def _held(caches: list[Any]) -> int:
+    """Tokens in a prompt's caches, where they say it."""
+    return max((entry.offset for entry in caches if isinstance(getattr(entry, "offset", None), int)), default=0)
+
+
+def _batch_sizes(rows: int, prompts: int, options: dict[str, Any]) -> dict[str, int]:
+    """mlx-lm's batch sizes with which no more than `rows` are under way: it adds prompts to those being read while
+    those written are fewer than one size, so that both sizes together, less one, is the most there can be."""
+    prefill, completion = options["prefill_batch_size"], options.get("completion_batch_size", COMPLETION_BATCH)
+    if prompts <= rows:
+        return {}
+    prefill = min(prefill, (rows + 1) // 2)
+    return {"prefill_batch_size": prefill, "completion_batch_size": min(completion, rows + 1 - prefill)}
 
 
 def _check(model: "nn.Module", ids: list[int]) -> None:
