@@ -73,8 +73,8 @@ def batch_generate(
     """mlx_lm.batch_generate: answers to several prompts, computed side by side, so that each expert read serves all.
 
     A prompt's chunk is as much shorter as more of them are read at once. Each has a KV cache as long as the longest
-    prompt with its answer and a step of 256 tokens: prompts whose caches do not fit the context given to `load`, or what
-    the budget has to spare beside all experts, wait until others are done. With return_prompt_caches those of all
+    prompt with its answer and a step of 256 tokens: prompts whose caches fit neither the context given to `load` nor
+    what the budget has to spare beside all experts wait until others are done. With return_prompt_caches those of all
     prompts come on top of the budget.
 
     Args:
