@@ -165,7 +165,7 @@ def test_batch_keeps_to_the_chunk_that_the_budget_counts_on(made, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize(("share", "most"), [(0, 2), (1, 7)], ids=["fewest experts", "all"])
 def test_batch_keeps_the_kv_caches_within_what_the_budget_has_for_them(made, monkeypatch, share, most):
-    """A context of 1000 tokens and a step hold two rows of 250 + 120 and a step; memory beside all experts holds more."""
+    """A context of 1000 tokens and a step hold two rows of 250 + 120 and a step; memory beside all experts more."""
     model, tokenizer = load(made("qwen3_moe"), share)
     runtime, seen, plain = model.tiny_qmoe, [], BatchGenerator._next
     spare = 5 * runtime.budget.kv_bytes // 2 if share else 0
