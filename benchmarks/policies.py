@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from tiny_qmoe_mlx.streaming.cache import GROUP, SWEEP
+from tiny_qmoe_mlx.streaming.demand import GROUP, SWEEP
 
 FAR = 1 << 62
 ENGINE, BELADY = "by step", "belady"  # the policy that the engine has, and the optimum
@@ -67,7 +67,7 @@ class LruSwept(Lru):
 
 
 def sweep(policy: Any, present: Sequence[int], missing: Sequence[int]) -> None:
-    """A prefill's call as `streaming.cache` serves it: the hits do not move and are pinned at its start; the misses go
+    """A prefill's call as `streaming.demand` serves it: the hits do not move and are pinned at its start; the misses go
     through a window of at most a quarter of the slots, and are the next to leave, so that they cost decode no more
     than that many. Exact where the prefill's products wait for the disk.
     """

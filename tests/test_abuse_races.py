@@ -22,7 +22,7 @@ def test_planted_defects_are_seen(tmp_path, monkeypatch, defect):
         monkeypatch.setattr(abuse.ExpertStore, "read", lambda self, layer, experts, into: None)
     else:
         monkeypatch.setattr(abuse.ExpertCache, "_claim", lambda self, key: None)
-        monkeypatch.setattr("tiny_qmoe_mlx.streaming.cache.Demand._look_again", lambda self: None)
+        monkeypatch.setattr("tiny_qmoe_mlx.streaming.demand.Demand._look_again", lambda self: None)
     monkeypatch.setattr(abuse, "HANG_S", 5)
     with pytest.raises((AssertionError, KeyError)):
         for seed in range(20):

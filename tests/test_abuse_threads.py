@@ -22,6 +22,7 @@ from tiny_qmoe_mlx import container, interrupts, metal, native, process
 from tiny_qmoe_mlx.conversion.run import convert
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.streaming.cache import ExpertCache
+from tiny_qmoe_mlx.streaming.demand import Demand
 from tiny_qmoe_mlx.streaming.store import ExpertStore
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
@@ -76,11 +77,11 @@ def take(demand):
 
 def test_an_expert_that_came_for_another_thread_meanwhile_is_not_read_twice(cache):
     """It was, into a second slot, while the first was in use, and a slot of somebody else's was taken for its own."""
-    other = cache.demand(1, [0, 1, 2, 3])
+    other = Demand(cache, 1, [0, 1, 2, 3])
     assert take(other) == 4
-    late = cache.demand(0, [5])  # finds no slot
+    late = Demand(cache, 0, [5])  # finds no slot
     other.release([0, 1, 2, 3])
-    with cache.demand(0, [5]) as early:
+    with Demand(cache, 0, [5]) as early:
         ((_, (offset,)),) = list(early)
         ((_, (again,)),) = list(late)
         assert again == offset and cache.store.records_read == 5
@@ -90,11 +91,11 @@ def test_an_expert_that_came_for_another_thread_meanwhile_is_not_read_twice(cach
 
 
 def test_a_prefill_leaves_an_expert_that_another_thread_has_brought(cache):
-    other = cache.demand(1, [0, 1, 2, 3])
+    other = Demand(cache, 1, [0, 1, 2, 3])
     assert take(other) == 4
-    late = cache.demand(0, [5], cold=True)
+    late = Demand(cache, 0, [5], cold=True)
     other.release([0, 1, 2, 3])
-    with cache.demand(0, [5]) as early:
+    with Demand(cache, 0, [5]) as early:
         assert take(early) == 1
     assert take(late) == 1
     late.release([5])
@@ -103,9 +104,9 @@ def test_a_prefill_leaves_an_expert_that_another_thread_has_brought(cache):
 
 def test_a_guess_that_a_waiting_demand_has_joined_is_not_dropped(cache, monkeypatch):
     """The demand would wait for ever."""
-    other = cache.demand(1, [0, 1, 2, 3])
+    other = Demand(cache, 1, [0, 1, 2, 3])
     assert take(other) == 4
-    late = cache.demand(0, [5])  # finds no slot
+    late = Demand(cache, 0, [5])  # finds no slot
     other.release([0, 1, 2, 3])
     readers = cache._readers
     monkeypatch.setattr(readers, "submit", lambda reads, demanded: readers._expected.extend(reads))  # wakes nobody
@@ -124,7 +125,7 @@ def test_pressure_leaves_the_slots_that_a_gpu_holds_at_once(cache):
     """The demand would wait for ever: it gives nothing back before all have come."""
     assert cache.reserve(0, 4) and not cache.reserve(0, 5)
     assert cache.reserve(0, 3) and cache.shrink(1 << 30) == cache.pool_of_layer[0].record_bytes
-    assert take(cache.demand(0, [0, 2, 4])) == 3
+    assert take(Demand(cache, 0, [0, 2, 4])) == 3
     assert not cache.reserve(0, 4)
 
 
@@ -316,7 +317,8 @@ def test_ctrl_c_that_is_ignored_stays_ignored(ctrl_c):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-LOCKED = ("cache.py", "pool.py", "order.py", "readers.py", "door.py", "threading.py")  # what changes under locks
+# what changes under locks
+LOCKED = ("cache.py", "demand.py", "pool.py", "order.py", "readers.py", "door.py", "threading.py")
 
 
 def watched(loaded, at, press):

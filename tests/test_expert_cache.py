@@ -13,6 +13,7 @@ from tiny_qmoe_mlx import container, metal
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
 from tiny_qmoe_mlx.streaming.cache import ExpertCache
+from tiny_qmoe_mlx.streaming.demand import Demand, load_all
 from tiny_qmoe_mlx.streaming.pool import PAGE, Pool
 from tiny_qmoe_mlx.streaming.store import ExpertStore
 
@@ -44,7 +45,7 @@ def cache(model):
 def held(cache, layer, experts, size, cold=False):
     """Bytes of each expert while it is pinned."""
     found = {}
-    with cache.demand(layer, sorted(experts), cold) as demand:
+    with Demand(cache, layer, sorted(experts), cold) as demand:
         for group, offsets in demand:
             for expert, o in zip(group, offsets, strict=True):
                 found[expert] = cache.pool_of_layer[layer].data[o : o + size].copy()
@@ -72,7 +73,7 @@ def test_least_recently_used_leaves_first(cache):
 
 def test_pinned_experts_stay_and_their_bytes_do_not_change(model, cache):
     size = model.spec.layers[0].record_bytes
-    with cache.demand(0, [0]) as demand:
+    with Demand(cache, 0, [0]) as demand:
         ((_, (offset,)),) = list(demand)
         kept = cache.pool_of_layer[0].data[offset : offset + size]
         assert demand.keep() == [0]
@@ -92,7 +93,7 @@ def test_counters_are_records_times_size(model, cache):
 def test_loading_all_counts_no_miss(model):
     size = model.spec.layers[0].record_bytes
     cache = ExpertCache(open_store(model), {size: 12})
-    cache.load_all()
+    load_all(cache)
     touch(cache, 1, 0, 5)
     assert (cache.hits, cache.misses, cache.store.records_read) == (2, 0, 12)
     cache.close()

@@ -18,9 +18,10 @@ import replay  # noqa: E402
 
 from tiny_qmoe_mlx.container import open_model  # noqa: E402
 from tiny_qmoe_mlx.expert_kind import expert_kind  # noqa: E402
-from tiny_qmoe_mlx.streaming import cache as caches  # noqa: E402
+from tiny_qmoe_mlx.streaming import demand as demands  # noqa: E402
 from tiny_qmoe_mlx.streaming import trace as traces  # noqa: E402
 from tiny_qmoe_mlx.streaming.cache import ExpertCache  # noqa: E402
+from tiny_qmoe_mlx.streaming.demand import Demand  # noqa: E402
 from tiny_qmoe_mlx.streaming.store import ExpertStore  # noqa: E402
 
 
@@ -169,7 +170,7 @@ def engine_cache(folder: Path, slots: int, experts: int) -> ExpertCache:
 
 def engine_misses(cache: ExpertCache, layer: int, experts: list[int], cold: bool) -> int:
     before = cache.misses
-    with cache.demand(layer, experts, cold) as demand:
+    with Demand(cache, layer, experts, cold) as demand:
         for group, _ in demand:
             demand.release(group)
     return cache.misses - before
@@ -189,7 +190,7 @@ def test_the_engines_policy_is_the_engine(tmp_path_factory, monkeypatch, experts
     """To the order of its slots. By fours: as many as a window of so few slots has. By windows: larger ones, where the
     engine too is made to wait for all of one, as a timing of its own would decide which of it leaves last.
     """
-    monkeypatch.setattr(caches, "GROUP", group)
+    monkeypatch.setattr(demands, "GROUP", group)
     monkeypatch.setattr(policies, "GROUP", group)
     rng = np.random.default_rng(seed)
     slots = int(rng.integers(1, most + 1))

@@ -23,9 +23,10 @@ from tiny_qmoe_mlx import budget, container, models, native, terminal
 from tiny_qmoe_mlx.container import Container, open_model
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.generate import stream_generate
-from tiny_qmoe_mlx.streaming import cache as caches
+from tiny_qmoe_mlx.streaming import demand as demands
 from tiny_qmoe_mlx.streaming import store
 from tiny_qmoe_mlx.streaming.cache import ExpertCache
+from tiny_qmoe_mlx.streaming.demand import Demand
 from tiny_qmoe_mlx.streaming.profile import load_profile
 
 pytest_plugins = ["command_fixtures"]
@@ -150,7 +151,7 @@ def noise(tmp_path):
 def given_out(cache: ExpertCache, layer: int, expert: int) -> np.ndarray:
     """An expert's bytes as a product sees them."""
     pool = cache.pool_of_layer[layer]
-    with cache.demand(layer, [expert]) as demand:
+    with Demand(cache, layer, [expert]) as demand:
         ((_, (at,)),) = list(demand)
         return pool.data[at : at + pool.record_bytes].copy()
 
@@ -229,8 +230,8 @@ def preadv(*args):
 os.preadv = preadv
 if until == "reported":
     logging.getLogger("tiny_qmoe_mlx").addFilter(lambda record: reported.set() or True)
-from tiny_qmoe_mlx.streaming import cache
-cache.STALL_S = threshold
+from tiny_qmoe_mlx.streaming import demand
+demand.STALL_S = threshold
 sys.argv = sys.argv[4:]
 runpy.run_module("tiny_qmoe_mlx." + sys.argv[0], run_name="__main__", alter_sys=True)
 """
@@ -256,7 +257,7 @@ def test_a_stall_is_reported_once_and_changes_no_token(converted, undisturbed, t
 
 def test_a_long_stall_is_reported_again_and_counted_once(noise, monkeypatch, caplog):
     opened, cache = noise
-    monkeypatch.setattr(caches, "STALL_S", 0.05)
+    monkeypatch.setattr(demands, "STALL_S", 0.05)
     monkeypatch.setattr(os, "preadv", waiting(lambda: len(caplog.records) >= 3))
     np.testing.assert_array_equal(given_out(cache, 0, 4), of_file(opened, 0, 4))
     assert len(caplog.records) >= 3 and cache.stalls == 1

@@ -17,7 +17,8 @@ import numpy as np
 from tiny_qmoe_mlx import interrupts, lookahead, metal, native, ops
 from tiny_qmoe_mlx.expert_kind import ExpertKind
 from tiny_qmoe_mlx.metal import Records
-from tiny_qmoe_mlx.streaming.cache import Demand, ExpertCache
+from tiny_qmoe_mlx.streaming.cache import ExpertCache
+from tiny_qmoe_mlx.streaming.demand import Demand
 from tiny_qmoe_mlx.streaming.trace import TraceWriter
 
 
@@ -72,7 +73,7 @@ class Memory:
             self.calls += 1
             if self.trace is not None:
                 self.trace.write(layer, chosen, cold)
-        return self.cache.demand(layer, np.unique(chosen).tolist(), cold)
+        return Demand(self.cache, layer, np.unique(chosen).tolist(), cold)
 
     def guess(self, layer: int, x: mx.array) -> mx.array | None:
         """Experts that the next layer may choose, lazily, where looking ahead is worth it."""

@@ -28,6 +28,7 @@ from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import adapted, checkpoint, dense
 from tiny_qmoe_mlx.runtime import Runtime, Streaming
 from tiny_qmoe_mlx.spec import CODEC, QMOE, ModelSpec
+from tiny_qmoe_mlx.streaming.demand import load_all
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -267,4 +268,4 @@ def _load_resident(runtime: Runtime, progress: Progress) -> None:
         done += experts
         progress("loading experts", done, total)
 
-    runtime.cache.load_all(step)
+    load_all(runtime.cache, step)

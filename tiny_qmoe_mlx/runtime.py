@@ -19,6 +19,7 @@ from tiny_qmoe_mlx.layers import Memory, RecordExperts
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
 from tiny_qmoe_mlx.streaming.cache import READERS, ExpertCache
+from tiny_qmoe_mlx.streaming.demand import load, load_all
 from tiny_qmoe_mlx.streaming.pressure import Pressure
 from tiny_qmoe_mlx.streaming.store import ExpertStore
 
@@ -71,7 +72,7 @@ class Runtime:
         if streaming.trace:
             self.memory.trace = traces.TraceWriter(streaming.trace, _trace_header(container))
         for index, experts in warm.items():
-            self.cache.load(index, experts)
+            load(self.cache, index, experts)
 
     def stream(self, model: nn.Module, layers: list[RecordExperts]) -> None:
         """Get ready to overlap reads with what lies around the expert layers, and to yield memory under pressure."""
@@ -106,7 +107,7 @@ class Runtime:
             self.memory.settle()
             self._pressure.resize(asked.pool_bytes, lambda: self.cache.resize(asked.slots))
         self.budget = asked
-        self.cache.load_all()
+        load_all(self.cache)
         if asked.mode == "streamed":
             self._pressure.start()
 

@@ -3,7 +3,8 @@
     PYTHONPATH=tests python -m abuse.races --seconds 600
 
 The first half of the time goes to tests/native_races.cpp, the second to random demands, lookahead, pressure and faults
-on streaming/cache.py: no slot in two places, every record's bytes right while it is held, every demand comes to an end.
+on streaming/cache.py and demand.py: no slot in two places, every record's bytes right while it is held, every demand
+comes to an end.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from tiny_qmoe_mlx import container
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.streaming.cache import ExpertCache
+from tiny_qmoe_mlx.streaming.demand import Demand
 from tiny_qmoe_mlx.streaming.pool import Pool
 from tiny_qmoe_mlx.streaming.readers import Readers
 from tiny_qmoe_mlx.streaming.store import ExpertStore
@@ -193,7 +195,7 @@ class Stress:
     def _use(self, draw: random.Random, cold: bool, most: int) -> None:
         layer, experts = draw.randrange(2), sorted(draw.sample(range(12), draw.randint(1, most)))
         pool, given = self.cache.pool_of_layer[layer], []
-        with self.cache.demand(layer, experts, cold) as demand:
+        with Demand(self.cache, layer, experts, cold) as demand:
             for group, offsets in demand:
                 if draw.random() < 0.3:
                     time.sleep(draw.choice([0, 1e-5, 1e-3]))
