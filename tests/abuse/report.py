@@ -29,7 +29,6 @@ NOTES = {  # of runs that broke something: what it was, and what came of it
     "faults_writing": "An fsync of a directory that failed named no file; mended since.",
     "interrupts": "A second Ctrl-C, while Python itself was ending, printed its traceback; mended since. A shorter run "
     "found a server that two Ctrl-C at once left waiting for ever (an Event set in a handler); mended since.",
-    "numbers": "One output of a prefill in float16 (6.07e4) came out infinite in the emulator; not explained yet.",
     "server_load": "Resident memory went beyond the 2 % allowed. Six loads of 25 s in a row left 114, 112, 113, 120, "
     "121 and 120 MB: steps of the allocator more than growth, it seems; to be run again.",
     "soak_demo": "A batch held 523 MB, more than the budget, and the median rose: not explained yet.",
