@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3.1
 	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 REQUIREMENTS = import sys; from importlib.metadata import requires; \
 	print(*(r.split(";")[0].replace(" ", "") for r in requires("tiny-qmoe-mlx") if sys.argv[1] in r.split("extra")[-1]))
+SIDE_BY_SIDE = -n 2 --dist loadfile  # two processes, a file's tests in one of them: they are made for two cores
 VENV = .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
@@ -23,10 +24,10 @@ demo: $(VENV)/.demo
 	@$(RUN) -m tiny_qmoe_mlx.generate --model demo
 
 test: $(VENV)/.dev $(VENV)/.demo
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-slow: $(VENV)/.dev $(VENV)/.demo
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
