@@ -1,6 +1,6 @@
 """Every command and every piece of Python in README and docs runs as it is printed.
 
-They run in a folder where `Qwen/Qwen3-30B-A3B` and `google/switch-base-128` are tiny checkpoints, in the order in which
+They run in a folder where `Qwen/Qwen3-30B-A3B` and `switch-base-128` are tiny checkpoints, in the order in which
 they stand. Those of benchmarks, of make and of pytest are held against the options, targets and files that there are;
 their own tests run them.
 """
@@ -115,7 +115,7 @@ def place(root: Path) -> Path:
     source = tiny_models.make_checkpoint(root / "Qwen/Qwen3-30B-A3B", "qwen3_moe", **RANDOM_MODEL)
     tokenizer = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": TEMPLATE}))
-    switch_models.write(root / "google/switch-base-128")
+    switch_models.write(root / "switch-base-128")
     (root / "held-out.txt").write_text("the river runs under the old stone bridge in the rain " * 120)
     return root
 

@@ -12,6 +12,7 @@ import switch_models
 
 from tiny_qmoe_mlx import masked_spans, models, native
 from tiny_qmoe_mlx.conversion.run import Settings, convert
+from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.generate import generate, stream_generate
 from tiny_qmoe_mlx.original.checkpoint import load_lazy
 from tiny_qmoe_mlx.plan import plan
@@ -98,7 +99,20 @@ def test_texts_that_cannot_be_masked_are_refused():
     for text in ([], [5], list(range(5000))):
         with pytest.raises(ValueError, match=r"should have 2 to 1990 tokens, by the tokenizer's 100 sentinels"):
             masked_spans.mask(text, MARKS, START, END, rng())
-    assert len(masked_spans.mask(list(range(2, 1992)), MARKS, START, END, rng()).inputs) == 1990 - 298 + 99 + 1
+    assert len(masked_spans.mask([5] * 1990, MARKS, START, END, rng()).inputs) == 1990 - 298 + 99 + 1
+
+
+@pytest.mark.parametrize("token", [START, MARKS[0], MARKS[-1]])
+def test_texts_that_hold_what_parts_them_are_refused(token):
+    with pytest.raises(ValueError, match=rf"start token 0, this one holds token {token}; take it out"):
+        masked_spans.mask([5, 6, token, *range(100, 150)], MARKS, START, END, rng())
+
+
+@pytest.mark.parametrize("end", [10**9, 384, -5, None, [], True, "1", [None], 1.0])
+def test_an_end_token_that_is_none_is_refused(end):
+    with pytest.raises(FormatError, match=r"eos_token_id should be a token of the model, 0 to 383, received"):
+        masked_spans.end_token({"vocab_size": 384, "eos_token_id": end})
+    assert masked_spans.end_token({"vocab_size": 384, "eos_token_id": [7, 8]}) == 7
 
 
 @pytest.mark.parametrize(
@@ -216,6 +230,18 @@ def test_greedy_tokens_are_the_plain_models(converted, share):
     assert got[-1].prompt_tokens == len(ids) and generate(model, tokenizer, ids, max_tokens=15) == "".join(
         r.text for r in got
     )
+    model.close()
+
+
+@needs_compiler
+@pytest.mark.parametrize("token", [384, 10**9, -1])
+def test_tokens_that_the_model_does_not_have_are_refused(converted, token):
+    model, tokenizer = models.load(converted, memory=budget(converted, 1), context=1024)
+    wrong = rf"^\[prompt\] tokens should lie in 0 to 383, received {token}; is the tokenizer another's\?$"
+    with pytest.raises(ValueError, match=wrong):
+        generate(model, tokenizer, [5, token, 1])
+    with pytest.raises(ValueError, match=r"^\[prompt\] it should have at least one token, it has none\.$"):
+        generate(model, tokenizer, [])
     model.close()
 
 

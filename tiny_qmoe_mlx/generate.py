@@ -54,11 +54,11 @@ def stream_generate(
     from tiny_qmoe_mlx import generate_masked, masked_spans
     from tiny_qmoe_mlx.footprint import PREFILL_CHUNK
 
-    if masked_spans.is_encoder_decoder({"model_type": getattr(model, "model_type", None)}):
-        return generate_masked.stream(model, tokenizer, prompt, **options)
     ids = _encode(tokenizer, prompt)
     if ids or "input_embeddings" not in options:
         _check(model, ids)
+    if masked_spans.is_encoder_decoder({"model_type": getattr(model, "model_type", None)}):
+        return generate_masked.stream(model, tokenizer, ids, **options)
     return stream(model, tokenizer, ids, **{"prefill_step_size": PREFILL_CHUNK, **options})
 
 
@@ -138,7 +138,7 @@ def _batch_sizes(rows: int, prompts: int, options: dict[str, Any]) -> dict[str, 
 
 def _check(model: "nn.Module", ids: list[int]) -> None:
     """Refuse what a converted model cannot read; a plain one of mlx-lm's says itself what it is made of."""
-    from tiny_qmoe_mlx.generate_setup import check_ids
+    from tiny_qmoe_mlx.vocabulary import check_ids
 
     if hasattr(model, "tiny_qmoe"):
         check_ids(model.tiny_qmoe.container.config, ids)

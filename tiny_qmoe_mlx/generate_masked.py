@@ -3,7 +3,7 @@ own loop. Where the prompt has sentinels, it writes what they stand for.
 """
 
 import argparse
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +26,12 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"[options] --{flag} is not there for encoder-decoders as this model; leave it out.")
 
 
-def stream(model: Any, tokenizer: Any, prompt: str | Sequence[int], **options: Any) -> Generator[Any, None, None]:
+def stream(model: Any, tokenizer: Any, ids: list[int], **options: Any) -> Generator[Any, None, None]:
     """What mlx_lm.stream_generate yields, of the decoder; it ends after the last of the prompt's sentinels too.
 
     Args:
         model, tokenizer: from `load`.
-        prompt: text or token ids, for the encoder.
+        ids: the prompt's tokens, for the encoder.
         options: as mlx_lm.stream_generate takes them.
 
     Raises:
@@ -42,7 +42,6 @@ def stream(model: Any, tokenizer: Any, prompt: str | Sequence[int], **options: A
     asked = [name for name in ("draft_model", "prompt_cache", "kv_bits", "max_kv_size") if options.pop(name, None)]
     if asked:
         raise ValueError(f"[options] {asked[0]} is not there for encoder-decoders as this model; leave it out.")
-    ids = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(token) for token in prompt]
     cache, start = model.make_cache(mx.array(ids)[None]), model.args.decoder_start_token_id
     last = _after_last(ids, known_sentinels(tokenizer))
     for response in stream_generate(model, tokenizer, [start], prompt_cache=cache, **options):

@@ -5,7 +5,6 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tiny_qmoe_mlx.disk_reads import read_header
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.vocabulary import vocabulary
 
 QUERY = "<query>"  # stands for the prompt where a chat's text is cut before it
 
@@ -50,29 +50,7 @@ def check_tokens(directory: Path, tokenizer: TokenizerWrapper, args: argparse.Na
         tokenizer.add_eos_token(str(number))
 
 
-def vocabulary(config: dict, otherwise: int) -> int:
-    """Number of a model's tokens, or the other number where its config does not say."""
-    size = (config.get("text_config") or config).get("vocab_size")
-    return size if isinstance(size, int) else otherwise
-
-
 # ---- the prompt
-
-
-def check_ids(config: dict, ids: Sequence[int]) -> None:
-    """Tokens that a model has; MLX looks any others up beyond its embeddings' memory.
-
-    Raises:
-        ValueError: there are none, or one is out of range.
-    """
-    if not ids:
-        raise ValueError("[prompt] it should have at least one token, it has none.")
-    low, high, size = min(ids), max(ids), vocabulary(config, 0)
-    if size and not 0 <= low <= high < size:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"[prompt] tokens should lie in 0 to {size - 1}, received {wrong}; is the tokenizer another's?"
-        )
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, text: str, args: argparse.Namespace) -> list[int]:

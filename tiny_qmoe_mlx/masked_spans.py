@@ -2,7 +2,8 @@
 by: the encoder reads a text whose spans are sentinels, the decoder writes each sentinel and what it stands for.
 
 15 % of the tokens are masked in spans of 3 on average (T5, arXiv 1910.10683). As with QMoE the encoder's text ends with
-the end token, the decoder's with one more sentinel.
+the end token, the decoder's with one more sentinel. QMoE's code gives the text an end token before it is masked too, so
+that one of its targets is that token: ours are the text's own.
 """
 
 import re
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
+from tiny_qmoe_mlx.vocabulary import check_ids, vocabulary
 
 SHARE, SPAN = 0.15, 3.0
 MODEL_TYPE = "switch_transformers"
@@ -101,13 +103,19 @@ def mask(tokens: list[int], marks: list[int], start: int, end: int, rng: np.rand
         end: the end token.
 
     Raises:
-        ValueError: the text is shorter than that, or has more spans than there are sentinels.
+        ValueError: the text is shorter than that, has more spans than there are sentinels, or holds a sentinel or the
+            start token, which part it.
     """
     if len(tokens) < 2 or counts(len(tokens))[1] >= len(marks):
         most = next(n for n in range(2, 1 << 20) if counts(n)[1] >= len(marks)) - 1
         raise ValueError(
             f"[spans] a text to mask should have 2 to {most} tokens, by the tokenizer's {len(marks)} sentinels, "
             f"received {len(tokens)}."
+        )
+    if found := {start, *marks}.intersection(tokens):
+        raise ValueError(
+            f"[spans] a text to mask should hold neither sentinels (<extra_id_0> ...) nor the decoder's start token "
+            f"{start}, this one holds token {min(found)}; take it out."
         )
     inputs, outputs, done = [], [start], 0
     for mark, (begin, stop) in zip(marks, spans(len(tokens), rng), strict=False):
@@ -123,12 +131,29 @@ def mask_all(texts: list[list[int]], tokenizer: Any, config: dict[str, Any], see
     """Each of several texts with spans masked, the same ones for the same seed.
 
     Raises:
-        FormatError: the tokenizer has no sentinels.
-        ValueError: a text is too short or too long.
+        FormatError: the tokenizer has no sentinels, the config no end token.
+        ValueError: a text is too short or too long, or a token is none of the model's.
     """
-    rng, marks, end = np.random.default_rng(seed), sentinels(tokenizer), config.get("eos_token_id", 1)
-    end = end[0] if isinstance(end, list) else end
-    return [mask(tokens, marks, start_token(config), end, rng) for tokens in texts]
+    rng, marks = np.random.default_rng(seed), sentinels(tokenizer)
+    masked = [mask(tokens, marks, start_token(config), end_token(config), rng) for tokens in texts]
+    check_ids(config, [token for example in masked for token in (*example.inputs, *example)], "text")
+    return masked
+
+
+def end_token(config: dict[str, Any]) -> int:
+    """What the encoder's text ends with.
+
+    Raises:
+        FormatError: the config has something else in its place.
+    """
+    end = config.get("eos_token_id", 1)
+    end = end[0] if isinstance(end, list) and end else end
+    size = vocabulary(config, 1 << 31)
+    if type(end) is not int or not 0 <= end < size:
+        raise FormatError(
+            f"[config.json] eos_token_id should be a token of the model, 0 to {size - 1}, received {shown(end)}."
+        )
+    return end
 
 
 def start_token(config: dict[str, Any]) -> int:

@@ -109,9 +109,9 @@ def answer(listening: "Server", generation: "Generation") -> threading.Thread:
     """Let clients in, each in a thread of its own; the thread that does so."""
     from mlx_lm.server import get_system_fingerprint
 
-    from tiny_qmoe_mlx.generate_setup import vocabulary
     from tiny_qmoe_mlx.serving.handler import Handler
     from tiny_qmoe_mlx.serving.schema import Grammars
+    from tiny_qmoe_mlx.vocabulary import vocabulary
 
     tokenizer = generation.model_provider.tokenizer
     grammars = Grammars(tokenizer, vocabulary(generation.config, len(tokenizer)))

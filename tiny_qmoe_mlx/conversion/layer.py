@@ -18,6 +18,7 @@ from tiny_qmoe_mlx.conversion.calibrate import LayerTokens
 from tiny_qmoe_mlx.conversion.expert_pass import Sums, compressed_records, groups, original_outputs, summed
 from tiny_qmoe_mlx.conversion.qmoe import qmoe_records, settled, spooled
 from tiny_qmoe_mlx.conversion.settings import Settings
+from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import ExpertKind, expert_kind
 from tiny_qmoe_mlx.hub.client import HubError
 from tiny_qmoe_mlx.hub.shards import SourceShards
@@ -179,6 +180,11 @@ def _calibrated(turn: _Turn) -> Finished:
     streams, original = job.streams, turn.layer.parameters()
     layerwise.as_float32(turn.layer)
     reference = layerwise.route(turn.call, experts, streams["reference"], width)
+    if not np.isfinite(reference.x).all():
+        raise FormatError(
+            f"[model] what reaches the experts of {turn.found.path} should be finite numbers on the calibration text, "
+            "it is not; the original's weights are damaged, or the text is no text of this model."
+        )
     turn.layer.update(original)
     written = turn.quantize_rest()
     layerwise.as_float32(turn.layer)

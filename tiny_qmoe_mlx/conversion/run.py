@@ -38,6 +38,7 @@ from tiny_qmoe_mlx.original.source import computed
 from tiny_qmoe_mlx.report import write as report
 from tiny_qmoe_mlx.spec import AFFINE, CODEC, CODED, QMOE, ModelSpec
 from tiny_qmoe_mlx.staging import check_space, check_target, clear_leftovers, disk_full
+from tiny_qmoe_mlx.vocabulary import check_ids
 
 
 def convert(
@@ -275,7 +276,11 @@ def _job(
 def _tokens(
     located: hub.Located, config: dict, settings: Settings, progress: Progress, directory: Path | None = None
 ) -> np.ndarray | None:
-    """Calibration tokens; those of a text the model writes itself are kept in the unfinished directory."""
+    """Calibration tokens; those of a text the model writes itself are kept in the unfinished directory.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
     source = settings.calibration if settings.codec != AFFINE else "none"
     tokenizer = checkpoint.open_tokenizer(located.directory, config)
     sizes = (settings.sequences, settings.sequence_tokens, settings.seed)
@@ -286,7 +291,10 @@ def _tokens(
             return tokens
         return masked_spans.joined(masked_spans.mask_all(tokens.tolist(), tokenizer, config, settings.seed))
 
-    return unfinished.kept_tokens(directory, make) if directory and source == "self" else make()
+    tokens = unfinished.kept_tokens(directory, make) if directory and source == "self" else make()
+    if tokens is not None:
+        check_ids(config, tokens, f"calibration {source}")
+    return tokens
 
 
 def _decided(settings: Settings, located: hub.Located) -> Settings:

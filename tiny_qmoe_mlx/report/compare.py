@@ -18,6 +18,7 @@ from tiny_qmoe_mlx.conversion.text import beginning
 from tiny_qmoe_mlx.masked_spans import Masked, is_encoder_decoder
 from tiny_qmoe_mlx.original import dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
+from tiny_qmoe_mlx.vocabulary import check_ids
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,9 +112,12 @@ def windows_of(text: str, length: int, tokens: int, tokenizer: Any, config: dict
     masked, one at least, else of at most `tokens` predictions.
 
     Raises:
-        ValueError: fewer than two tokens, or a window with more spans than the tokenizer has sentinels.
+        ValueError: fewer than two tokens, one that the model does not have, or a window with more spans than the
+            tokenizer has sentinels.
     """
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    if ids:
+        check_ids(config, ids, "text")
     if not is_encoder_decoder(config):
         return cut(ids, length, tokens, beginning(tokenizer))
     pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]

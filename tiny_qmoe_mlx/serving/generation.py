@@ -22,10 +22,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
-from tiny_qmoe_mlx.generate_setup import check_ids
 from tiny_qmoe_mlx.serving import figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
+from tiny_qmoe_mlx.vocabulary import check_ids
 
 POLL_S = 0.25  # how often a waiting request looks whether its client is still there
 ONE = mlx_server.ModelDescription("default_model", "default_model", "")  # this server has one model

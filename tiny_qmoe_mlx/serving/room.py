@@ -13,6 +13,7 @@ import mlx.nn as nn
 from tiny_qmoe_mlx import budget, footprint, generate_setup
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.vocabulary import vocabulary
 
 CLIENTS_BYTES = 32_000_000  # threads and what they read and write
 GRAMMAR_BYTES, GRAMMAR_FACTOR = 8_000_000, 14  # of its code, and over the size of tokenizer.json
@@ -34,7 +35,7 @@ def beside(directory: Path, config: dict[str, Any], draft: int, args: argparse.N
         draft: bytes of a draft model.
         args: the command line, with the prompt cache's bytes.
     """
-    logits = LOGITS * generate_setup.vocabulary(config, 0) * (args.decode_concurrency - 1)
+    logits = LOGITS * vocabulary(config, 0) * (args.decode_concurrency - 1)
     return args.prompt_cache_bytes + logits + draft + CLIENTS_BYTES + grammar_bytes(directory)
 
 
