@@ -51,6 +51,12 @@ BODIES = {
     "half a token": (TEXT, {**OK, "max_tokens": 1.5}, 400, "max_tokens"),
     "temperature below 0": (TEXT, {**OK, "temperature": -1}, 400, "temperature"),
     "top_p above 1": (TEXT, {**OK, "top_p": 2}, 400, "top_p"),
+    "xtc_threshold above a half": (
+        TEXT,
+        {**OK, "xtc_threshold": 0.6},
+        400,
+        "xtc_threshold should be a number in 0 to 0.5",
+    ),
     "top_k of all tokens": (TEXT, {**OK, "top_k": 100_000}, 400, "top_k"),
     "a negative seed": (TEXT, {**OK, "seed": -3}, 400, "seed"),
     "a bias for no token": (TEXT, {**OK, "logit_bias": {"999999": 1}}, 400, "logit_bias"),

@@ -15,12 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from mlx_lm import server as mlx_server
 from server_process import HEAD, TEXT, TOKENS, Server, events, least, serving
 
 from tiny_qmoe_mlx import container
 from tiny_qmoe_mlx import server as command
+from tiny_qmoe_mlx.serving import checks, sockets, wire
 from tiny_qmoe_mlx.serving import options as serving_options
-from tiny_qmoe_mlx.serving import sockets, wire
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
 PROMPT, OK = "the river stone", {"prompt": "hello", "max_tokens": 2}
@@ -186,6 +187,33 @@ def test_a_disk_that_fails_for_a_while_fails_one_answer(served, alone, monkeypat
         failing.clear()
         here.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
         assert here.get("/health") == {"status": "ok"}
+        assert here.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
+
+
+@pytest.mark.parametrize("where", ["sampler", "processor"])
+def test_sampling_that_fails_ends_its_own_request_alone(served, alone, monkeypatch, where):
+    """Numbers that our checks let through and mlx-lm refuses, when both are in one batch."""
+    monkeypatch.setitem(checks.NUMBERS, "xtc_threshold", (float, 0, 1))
+
+    def fail(*inputs):
+        raise ValueError("no such bias")
+
+    if where == "processor":
+        monkeypatch.setattr(
+            mlx_server, "_make_logits_processors", lambda args: [fail] if args.logits.logit_bias else []
+        )
+    bad = {
+        "sampler": {"temperature": 1, "xtc_probability": 1, "xtc_threshold": 1},
+        "processor": {"logit_bias": {"5": 1}},
+    }
+    with serving_here(served, "--context", 4096) as here:  # of which there is enough for both at once
+        stream = events(here.open(TEXT, {"prompt": PROMPT, "max_tokens": 400, "stream": True}))
+        text = next(stream)["choices"][0]["text"]
+        status, error = here.refused(TEXT, {**OK, **bad[where]})
+        assert status == 500 and ("threshold" if where == "sampler" else "no such bias") in error["message"]
+        assert text + "".join(e["choices"][0]["text"] for e in stream if e != "[DONE]") == alone(PROMPT, 400)
+        here.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
+        assert here.refused(TEXT, {**OK, **bad[where], "seed": 1})[0] == 500, "alone"
         assert here.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
 
 

@@ -29,6 +29,7 @@ PARTS = (
     "ModelProvider",
     "ResponseGenerator",
     "_make_logits_processors",
+    "_make_sampler",
     "make_text_state_machine",
 )
 

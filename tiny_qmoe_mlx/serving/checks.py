@@ -12,7 +12,7 @@ from tiny_qmoe_mlx.serving.refusal import Refused
 UNHEEDED = {"n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("auto", "none")}
 COUNTS, SEEDS = (1 << 31) - 1, (1 << 63) - 1  # the highest
 COUNT, SHARE, PENALTY = (int, 0, COUNTS), (float, 0, 1), (float, -COUNTS, COUNTS)
-NUMBERS: dict[str, tuple[type, int, int]] = {  # whole or not, lowest, highest
+NUMBERS: dict[str, tuple[type, float, float]] = {  # whole or not, lowest, highest
     "max_tokens": (int, 1, COUNTS),
     "max_completion_tokens": (int, 1, COUNTS),
     "seed": (int, 0, SEEDS),
@@ -26,7 +26,7 @@ NUMBERS: dict[str, tuple[type, int, int]] = {  # whole or not, lowest, highest
     "top_p": SHARE,
     "min_p": SHARE,
     "xtc_probability": SHARE,
-    "xtc_threshold": SHARE,
+    "xtc_threshold": (float, 0, 0.5),  # above a half no token would ever be too likely
     "repetition_penalty": (float, 0, COUNTS),
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,

@@ -19,6 +19,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import server as mlx_server
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
@@ -58,6 +59,11 @@ class Asked(mlx_server.CompletionRequest):
                 word.stop()
         self.words.put(word)
 
+    def fail(self, error: Exception) -> None:
+        """Nothing more comes for it but this."""
+        self.put(error)
+        self.end()
+
     def end(self) -> None:
         """Compute nothing more for it, also where its context has not come yet."""
         self.over = True
@@ -94,9 +100,31 @@ def bound(function: Any, **names: Any) -> FunctionType:
     return FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__)
 
 
+def guarded(step: Callable, otherwise: Callable, fail: Callable[[Exception], None]) -> Callable:
+    """A step of one request's sampling: where it raises, that request has failed, and the rest of its batch goes on."""
+
+    def take(*inputs: Any) -> Any:
+        try:
+            return step(*inputs)
+        except Exception as error:
+            fail(error)
+            return otherwise(*inputs)
+
+    return take
+
+
+def sampler(args: Any, tokenizer: TokenizerWrapper) -> Callable:
+    """mlx-lm's for a request, which fails alone."""
+    if args.sampling.temperature == 0:
+        return greedy_sampler  # as mlx-lm does, which calls a sampler of all requests once
+    made = functools.cache(lambda: mlx_server._make_sampler(args, tokenizer))
+    return guarded(lambda logprobs: made()(logprobs), greedy_sampler, args.fail)
+
+
 def logits_processors(args: Any) -> list[Callable]:
-    """mlx-lm's for a request, and its grammar's."""
-    return [*mlx_server._make_logits_processors(args), *([args.grammar] if args.grammar else [])]
+    """mlx-lm's for a request, and its grammar's; they fail alone."""
+    made = [*mlx_server._make_logits_processors(args), *([args.grammar] if args.grammar else [])]
+    return [guarded(step, lambda context, logits: logits, args.fail) for step in made]
 
 
 class Generation(mlx_server.ResponseGenerator):
@@ -194,7 +222,7 @@ class Generation(mlx_server.ResponseGenerator):
         self, request: Asked, generation_args: Any, progress_callback: Any = None
     ) -> tuple[Any, Iterator]:
         """As mlx-lm's, for a request that has been asked under `entered`."""
-        generation_args.model, generation_args.grammar = ONE, request.grammar
+        generation_args.model, generation_args.grammar, generation_args.fail = ONE, request.grammar, request.fail
         request.args = generation_args
         with self._changed:
             self._waiting.append(request)
@@ -291,7 +319,7 @@ class Generation(mlx_server.ResponseGenerator):
                         request.put(error)
 
     def _generate(self) -> None:
-        bound(mlx_server.ResponseGenerator._generate, BatchGenerator=self._make_batch, **PROCESSORS)(self)
+        bound(mlx_server.ResponseGenerator._generate, BatchGenerator=self._make_batch, **SAMPLING)(self)
 
     def _make_batch(self, *inputs: Any, **options: Any) -> Batch:
         self.batch = Batch(*inputs, **options)
@@ -335,9 +363,9 @@ class Generation(mlx_server.ResponseGenerator):
         self._alone = request[1].most
         self.prompt_cache.make_room()
         try:
-            bound(mlx_server.ResponseGenerator._serve_single, **PROCESSORS)(self, request, stream)
+            bound(mlx_server.ResponseGenerator._serve_single, **SAMPLING)(self, request, stream)
         finally:
             self._alone = 0
 
 
-PROCESSORS = {"_make_logits_processors": logits_processors}
+SAMPLING = {"_make_sampler": sampler, "_make_logits_processors": logits_processors}
