@@ -31,9 +31,11 @@ NUMBERS: dict[str, tuple[type, float, float]] = {  # whole or not, lowest, highe
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
 }
+OBJECTS = 1 << 17  # of them, with what is in texts
 STOPS, STOP_LENGTH = 16, 256
 BIASES = 4096
 TEMPLATE_FREE = (str, bool, int, float)
+TEMPLATE_LENGTH = 1024  # of a text: a template may write it for every message
 TEMPLATE_TAKEN = {  # of apply_chat_template itself; a template of a stranger's is a program
     "add_generation_prompt",
     "chat_template",
@@ -55,8 +57,10 @@ def parse(data: bytes) -> dict[str, Any]:
     """A request's body, without what it gives as null.
 
     Raises:
-        Refused: it is no JSON object, or has a number that is none.
+        Refused: it is no JSON object, has a number that is none, or more objects than memory is meant for.
     """
+    if data.count(b"[") + data.count(b"{") > OBJECTS:  # `[]` takes 30 times its size; brackets in texts count too
+        raise Refused(400, f"the request should have at most {OBJECTS} lists and objects.", "too_large")
     try:
         body = json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -141,6 +145,8 @@ def _check_options(body: dict[str, Any]) -> None:
     own = body.get("chat_template_kwargs", {})
     if TEMPLATE_TAKEN.intersection(own) or not all(isinstance(value, TEMPLATE_FREE) for value in own.values()):
         _refuse("chat_template_kwargs", "texts, numbers or booleans for the template's own variables", own)
+    if any(isinstance(value, str) and len(value) > TEMPLATE_LENGTH for value in own.values()):
+        _refuse("chat_template_kwargs", f"texts of at most {TEMPLATE_LENGTH} characters", own)
     if not all(isinstance(text, str) for text in body.get("role_mapping", {}).values()):
         _refuse("role_mapping", "texts by role", body["role_mapping"])
     tools = body.get("tools", [])
@@ -168,13 +174,6 @@ def check_prompt(body: dict[str, Any], chat: bool) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             _refuse("messages", "objects with a role", message)
         _check_content(message)
-
-
-def letters(body: dict[str, Any]) -> int:
-    """Characters of a request's prompt, or of its messages and tools."""
-    if "messages" not in body:
-        return len(body["prompt"])
-    return sum(len(message["content"]) for message in body["messages"]) + len(json.dumps(body.get("tools", "")))
 
 
 def _check_content(message: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_qmoe_mlx import footprint
 from tiny_qmoe_mlx.serving import figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
+from tiny_qmoe_mlx.serving.prompt import Measured
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.vocabulary import check_ids
 
@@ -134,7 +135,6 @@ class Generation(mlx_server.ResponseGenerator):
         directory, config, cache: the model's; the cache is of its experts.
         counters: of all requests.
         limit: most tokens of a request, prompt and answer.
-        longest_token: its characters; most_letters: those of a prompt that may fit the limit.
         large: held while a large request is read.
         stopping: no new request is taken.
     """
@@ -153,8 +153,7 @@ class Generation(mlx_server.ResponseGenerator):
         args = provider.cli_args
         self.counters = figures.Counters()
         self.limit = min(args.context, footprint.longest_context(config))
-        self.longest_token = max(map(len, provider.tokenizer.get_vocab()))
-        self.most_letters = self.limit * self.longest_token
+        self._measured: Any = Measured(provider.tokenizer, self.limit)
         self.large = threading.BoundedSemaphore(2)
         self.stopping = False
         self.batch: Batch | None = None
@@ -202,12 +201,16 @@ class Generation(mlx_server.ResponseGenerator):
         """What mlx-lm's `_tokenize` gives for a request, in the client's thread.
 
         Raises:
-            Refused: the chat template or the tokenizer does not take it.
+            Refused: it has more tokens than there is room for; the chat template or the tokenizer does not take it.
         """
         how: Any = SimpleNamespace(chat_template_kwargs=template)  # all that mlx-lm looks at here
+        if request.role_mapping and not self._measured.has_chat_template:
+            self._measured.check_roles(request.messages, request.role_mapping)
         try:
             with self._tokenizing:
-                found = super()._tokenize(self.model_provider.tokenizer, request, how)
+                found = super()._tokenize(self._measured, request, how)
+        except Refused:
+            raise
         except Exception as error:  # templates are programs, and raise what they like
             raise Refused(400, f"the model's tokenizer or chat template refuses the prompt: {reason(error)}") from error
         if not found[0]:

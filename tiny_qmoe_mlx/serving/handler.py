@@ -23,6 +23,7 @@ from mlx_lm import server as mlx_server
 
 from tiny_qmoe_mlx.serving import checks, figures, openapi, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
+from tiny_qmoe_mlx.serving.prompt import too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.serving.schema import Grammars
 
@@ -138,10 +139,6 @@ class Handler(mlx_server.APIHandler):
         self._check_model(body)
         checks.check(body, self.grammars.vocabulary)
         checks.check_prompt(body, self.path.endswith("/chat/completions"))
-        letters, most = checks.letters(body), self.generation.most_letters
-        if letters > most:  # its tokens would take memory that the budget has not
-            least = letters // self.generation.longest_token
-            raise too_long(f"{letters} characters, at least {least} tokens", self.generation.limit)
         return body
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
@@ -361,12 +358,6 @@ def methods(path: str) -> tuple[str, ...]:
         return ("POST", "OPTIONS")
     known = path in OWN or path in PAGES or path.startswith("/v1/models/")
     return ("GET", "HEAD", "OPTIONS") if known else ()
-
-
-def too_long(prompt: str, limit: int) -> Refused:
-    """That a prompt, described, has no room within the limit of tokens."""
-    should = f"together with the answer they should be at most the server's context of {limit} tokens"
-    return Refused(400, f"the prompt has {prompt}; {should}.", "context_length_exceeded")
 
 
 def _as_float(value: Any) -> Any:

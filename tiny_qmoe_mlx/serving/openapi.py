@@ -56,7 +56,7 @@ TEMPLATE = {
     "type": "object",
     "description": "variables of the model's chat template",
     "propertyNames": {"not": {"enum": sorted(checks.TEMPLATE_TAKEN)}},
-    "additionalProperties": {"type": ["string", "boolean", "number"]},
+    "additionalProperties": {"type": ["string", "boolean", "number"], "maxLength": checks.TEMPLATE_LENGTH},
 }
 OPTIONS = {
     "model": {"type": "string", "description": "of /v1/models, or default_model: this server has one"},
