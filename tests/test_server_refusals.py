@@ -59,6 +59,7 @@ BODIES = {
         400,
         "xtc_threshold should be a number in 0 to 0.5",
     ),
+    "a penalty of hardly anything": (TEXT, {**OK, "repetition_penalty": 1e-320}, 400, "a number in 0.01 to 100"),
     "top_k of all tokens": (TEXT, {**OK, "top_k": 100_000}, 400, "top_k"),
     "a negative seed": (TEXT, {**OK, "seed": -3}, 400, "seed"),
     "a bias for no token": (TEXT, {**OK, "logit_bias": {"999999": 1}}, 400, "logit_bias"),

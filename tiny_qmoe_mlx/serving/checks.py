@@ -27,7 +27,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {  # whole or not, lowest, highe
     "min_p": SHARE,
     "xtc_probability": SHARE,
     "xtc_threshold": (float, 0, 0.5),  # above a half no token would ever be too likely
-    "repetition_penalty": (float, 0, COUNTS),
+    "repetition_penalty": (float, 0.01, 100),  # or 0, as mlx-lm's server has it
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
 }
@@ -95,6 +95,8 @@ def check(body: dict[str, Any], vocabulary: int) -> None:
     for name, allowed in UNHEEDED.items():
         if name in body and not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
             _refuse(name, f"{' or '.join(map(json.dumps, allowed))} on this server", body[name])
+    if _is_number(body.get("repetition_penalty")) and body["repetition_penalty"] == 0:
+        del body["repetition_penalty"]
     for name, (kind, low, high) in NUMBERS.items():
         value = body.get(name, low)
         if not (_is_number(value) and low <= value <= high and (kind is float or value == int(value))):

@@ -8,6 +8,7 @@ import hmac
 import io
 import json
 import logging
+import math
 import select
 import socket
 import sys
@@ -42,6 +43,7 @@ OWN = ("/health", "/metrics", "/experts", "/openapi.json", "/v1/models")
 NOTHING = "there is nothing of this name here."
 OPEN = ("/health", "/openapi.json", *PAGES)  # need no key
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+NO_CHANCE = -9999.0
 log = logging.getLogger("tiny_qmoe_mlx.server")
 
 
@@ -264,6 +266,15 @@ class Handler(mlx_server.APIHandler):
         """As mlx-lm's, for numbers given as whole ones too."""
         self.xtc_probability, self.xtc_threshold = map(_as_float, (self.xtc_probability, self.xtc_threshold))
         super().validate_model_parameters()
+
+    def generate_response(self, *inputs: Any, **named: Any) -> dict[str, Any]:
+        """As mlx-lm's, with the logarithm of no probability as OpenAI writes it: JSON has no infinity."""
+        found = super().generate_response(*inputs, **named)
+        for token in found["choices"][0].get("logprobs", {}).get("content", ()):
+            for one in (token, *token.get("top_logprobs", ())):
+                if not math.isfinite(one.get("logprob", 0)):
+                    one["logprob"] = NO_CHANCE
+        return found
 
     def handle_models_request(self) -> None:
         """This server's one model, or word that there is no other."""

@@ -72,6 +72,7 @@ OPTIONS = {
     "role_mapping": {"type": "object", "additionalProperties": TEXT},
     "tools": listed({"type": "object"}),
     **NUMBERS,
+    "repetition_penalty": {"anyOf": [{"const": 0, "description": "none"}, NUMBERS["repetition_penalty"]]},
     **{name: {"enum": list(allowed)} for name, allowed in checks.UNHEEDED.items()},
 }
 PART = record({"type": {"const": "text"}, "text": TEXT})
