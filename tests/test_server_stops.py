@@ -29,14 +29,19 @@ PROMPT, OK = "the river stone", {"prompt": "hello", "max_tokens": 2}
 # ---- clients that leave
 
 
-def gone_in_the_middle(live: Server, stream: bool) -> None:
+def gone_in_the_middle(live: Server, stream: bool, more: bytes | None = None) -> None:
+    """With a reset, as a client that is killed; or politely, after bytes that nobody asked for."""
     before = live.metrics()
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         body = json.dumps({"prompt": "the river", "max_tokens": 900, "stream": stream}).encode()
         connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         live.wait(lambda m: m["tiny_qmoe_generated_tokens_total"] > before["tiny_qmoe_generated_tokens_total"] + 3)
-        # closed with a reset, as a client that is killed
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if more is None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            connection.sendall(more)
+            connection.shutdown(socket.SHUT_WR)
+            live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
     after = live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0 and m["tiny_qmoe_kv_tokens"] == 0)
     assert after["tiny_qmoe_clients_gone_total"] == before["tiny_qmoe_clients_gone_total"] + 1
     written = after["tiny_qmoe_generated_tokens_total"] - before["tiny_qmoe_generated_tokens_total"]
@@ -47,6 +52,18 @@ def gone_in_the_middle(live: Server, stream: bool) -> None:
 def test_a_client_that_leaves_frees_its_slot(live, alone, stream):
     gone_in_the_middle(live, stream)
     assert live.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", HEAD * 1000], ids=["nothing", "a line", "another request's head"])
+def test_a_client_that_sends_more_and_leaves_has_gone(live, more):
+    gone_in_the_middle(live, False, more)
+
+
+def test_a_client_that_sends_more_and_stays_is_answered(live, alone):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": TOKENS}).encode()
+    head = HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode()
+    answer = live.raw(head + body + b"\r\n")
+    assert json.loads(answer[answer.index(b"{") :])["choices"][0]["text"] == alone(PROMPT)
 
 
 def test_a_client_of_openai_that_closes_its_stream(live, client):
