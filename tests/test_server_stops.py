@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from server_process import HEAD, TEXT, TOKENS, Server, events, least, serving
 
 from tiny_qmoe_mlx import container
 from tiny_qmoe_mlx import server as command
-from tiny_qmoe_mlx.serving import checks, sockets, wire
+from tiny_qmoe_mlx.serving import checks, handler, sockets, wire
 from tiny_qmoe_mlx.serving import options as serving_options
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
@@ -160,6 +161,59 @@ def test_a_request_that_dribbles_in_is_ended(served, monkeypatch):
         answer = dribbled(here, HEAD + b"Content-Length: 100000\r\n\r\n{")
         assert answer.split(b" ")[1] == b"408" and b"should come within 1 s" in answer
         assert here.get("/health") == {"status": "ok"}
+
+
+SLOW = HEAD + b"Content-Length: 300000\r\n\r\n{"
+
+
+@contextmanager
+def slow_clients(here: Server) -> Iterator[list[bytes]]:
+    """As many as large bodies are read at once, none of which ever comes; what they are told, in the end."""
+    with ThreadPoolExecutor(2) as pool:
+        told: list[bytes] = []
+        asked = [pool.submit(dribbled, here, SLOW) for _ in range(2)]
+        time.sleep(0.5)  # they have their turn
+        yield told
+        told += [one.result() for one in asked]
+
+
+def test_slow_clients_do_not_hold_up_large_requests(served, monkeypatch):
+    """Nor does the time that another waits for its turn count as its own."""
+    monkeypatch.setattr(wire, "BODY_S", 3.0)
+    monkeypatch.setattr(wire, "LARGE_S", 2.0)
+    with serving_here(served, "--context", 512) as here:
+        with slow_clients(here) as told:
+            status, error = here.refused(TEXT, {"prompt": "x" * 300_000})
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert all(b" 408 " in answer and b"bytes a second" in answer for answer in told)
+
+
+def test_a_large_request_whose_turn_does_not_come_is_told_so(served, monkeypatch):
+    monkeypatch.setattr(wire, "LARGE_S", 3.0)
+    monkeypatch.setattr(handler, "LARGE_WAIT_S", 0.1)
+    with serving_here(served, "--context", 512) as here:
+        with slow_clients(here):
+            answer = here.open(TEXT, {"prompt": "x" * 300_000})
+            assert answer.status == 503 and int(answer.getheader("Retry-After")) > 0
+            assert json.loads(answer.read())["error"]["code"] == "server_busy"
+            assert here.get(TEXT, OK)["usage"]["completion_tokens"] == 2, "a small one needs no turn"
+        assert here.refused(TEXT, {"prompt": "x" * 300_000})[0] == 400
+
+
+def test_a_large_body_has_the_more_time_the_more_of_it_has_come(monkeypatch):
+    near, far = socket.socketpair()
+    with near, far, wire.Received(near) as received:
+        monkeypatch.setattr(wire.time, "monotonic", lambda: now)
+        now = 100.0
+        received.allow(2, 100_000, rate=1000)
+        far.sendall(bytes(3000))
+        assert len(received.read(3000)) == 3000
+        now = 104.9  # 2 s, and one for each thousand
+        far.sendall(bytes(1))
+        assert received.read(1) == bytes(1)
+        now = 105.1
+        with pytest.raises(TimeoutError):
+            received.read(1)
 
 
 def test_more_connections_than_the_machine_can_hold_are_told_so(served, monkeypatch):

@@ -12,8 +12,8 @@ import math
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from tiny_qmoe_mlx.serving.schema import Grammars
 
 BODY_BYTES = 4 << 20
 SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
+LARGE_WAIT_S = 30.0  # until the turn of a large one
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
 DRAIN_S = 2.0  # of what was no request
 PAGE = Path(__file__).parent / "page"
@@ -125,7 +126,7 @@ class Handler(mlx_server.APIHandler):
         self.end_headers()
 
     def _post(self) -> None:
-        with self.generation.large if self._unread > SMALL_BYTES else nullcontext():
+        with self._large() if self._unread > SMALL_BYTES else nullcontext():
             body = self._checked_body()
         data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
         del self.headers["Content-Length"]
@@ -135,6 +136,18 @@ class Handler(mlx_server.APIHandler):
             super().do_POST()
         finally:
             self.rfile = connection
+
+    @contextmanager
+    def _large(self) -> Iterator[None]:
+        """The turn of a large body, of which few are in memory at once: it may not take long to come."""
+        if not self.generation.large.acquire(timeout=LARGE_WAIT_S):
+            message = "other large requests are being read; try again."
+            raise Refused(503, message, "server_busy", {"Retry-After": "10"})
+        try:
+            self._received.allow(wire.LARGE_S, 2 * DRAIN_BYTES, wire.LARGE_RATE)
+            yield
+        finally:
+            self.generation.large.release()
 
     def _checked_body(self) -> dict[str, Any]:
         body = checks.parse(self._read_body())
@@ -220,13 +233,14 @@ class Handler(mlx_server.APIHandler):
     def _read_body(self) -> bytes:
         if self._unread > BODY_BYTES:
             raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
-        parts = []
+        small, parts = self._unread <= SMALL_BYTES, []
+        how = f"within {wire.BODY_S:g} s" if small else f"with at least {wire.LARGE_RATE} bytes a second"
         while self._unread:
             try:
                 parts.append(self.rfile.read1(min(self._unread, 1 << 16)))
             except TimeoutError as error:
                 self._unread = 0  # nobody waits for the rest
-                raise Refused(408, f"a request should come within {wire.BODY_S:g} s.") from error
+                raise Refused(408, f"a request should come {how}.") from error
             self._unread -= len(parts[-1])
             if not parts[-1]:
                 raise ConnectionAbortedError("the client left in mid-request")
