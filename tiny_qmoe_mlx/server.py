@@ -161,7 +161,7 @@ def _stop_on_signals() -> "SimpleQueue[int]":
 
 def ready(args: "argparse.Namespace", port: int) -> str:
     """What is printed when the first request may come."""
-    from tiny_qmoe_mlx.serving.handler import is_local
+    from tiny_qmoe_mlx.serving.callers import is_local
 
     host = f"[{args.host}]" if ":" in args.host else args.host
     line = f"serving {args.model} at http://{host}:{port} (a page there; OpenAI's API under /v1; figures at /metrics)"

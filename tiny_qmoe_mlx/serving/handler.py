@@ -14,15 +14,13 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from mlx_lm import server as mlx_server
 
-from tiny_qmoe_mlx.serving import checks, figures, openapi, wire
+from tiny_qmoe_mlx.serving import callers, checks, figures, openapi, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
 from tiny_qmoe_mlx.serving.prompt import too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
@@ -189,15 +187,8 @@ class Handler(mlx_server.APIHandler):
     # ---- who asks
 
     def _check_caller(self) -> None:
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        listening = self.generation.cli_args.host
-        if is_local(listening) and host and not is_local(host_of(f"//{host}")):
-            raise Refused(403, f"this server answers to local names, it was called {host[:80]!r}; see --host.")
-        allowed = self.generation.cli_args.allowed_origins
-        if origin is not None and not (
-            origin.partition("://")[2] == host or is_local(host_of(origin)) or {"*", origin}.intersection(allowed)
-        ):
-            raise Refused(403, f"web pages of {origin[:80]} may not ask this server; see --allowed-origins.")
+        host, origin, args = self.headers.get("Host", ""), self.headers.get("Origin"), self.generation.cli_args
+        callers.check(host, origin, args.host, args.allowed_host, args.allowed_origins)
         self._origin = origin or ""
         if self.command != "OPTIONS" and self.path not in OPEN:
             self._check_key()
@@ -392,19 +383,3 @@ def methods(path: str) -> tuple[str, ...]:
 
 def _as_float(value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
-
-
-def host_of(url: str) -> str:
-    """The host's name in a URL; nothing where there is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
-def is_local(host: str) -> bool:
-    """Whether a host's name means this machine and no other."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
