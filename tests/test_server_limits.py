@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from abuse.hostile_cases import forge
+from jinja2.defaults import DEFAULT_FILTERS
+from jinja2.sandbox import SandboxedEnvironment
 from server_process import CHAT, chat, serving
 
+from tiny_qmoe_mlx import chat_template
 from tiny_qmoe_mlx.serving import prompt
 from tiny_qmoe_mlx.serving.refusal import Refused
 
@@ -88,3 +91,48 @@ def test_a_text_becomes_tokens_in_pieces_while_it_may_be_too_long(monkeypatch, t
     with nullcontext() if fits else pytest.raises(Refused, match="context of 5000 tokens"):
         assert measured.encode(text) == measured.apply_chat_template([{"content": text}]) == own.encode(text)
     assert fits or max(own.given, default=0) <= 5000
+
+
+# ---- templates that compute
+
+
+SUMS = {
+    "a power": ("(7 ** (3 * 10 ** 7)) % 3", None),
+    "a power of a power": ("2 ** (n ** (n ** n))", None),
+    "a product in a loop": ("x", None),
+    "a text": ("(('a' * 10 ** 6) * n)|length", None),
+    "a list": ("([0] * 10 ** 9)|length", None),
+    "a list from the left": ("(10 ** 9 * [0])|length", None),
+    "a filter's power": ("1.5|round(10 ** 9, 'ceil')", None),
+    "small numbers": (
+        "2 ** 10 * n, n * 'ab', 1.26|round(1), 2 ** -1, -3 * n",
+        "(9216, 'ababababababababab', 1.3, 0.5, -27)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SUMS)
+def test_templates_compute_within_bounds(monkeypatch, alone, what):
+    """In the sandbox that transformers makes: one operation on numbers stops every thread until it is done."""
+    for owner, name in ((SandboxedEnvironment, "intercepted_binops"), (SandboxedEnvironment, "default_binop_table")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setitem(DEFAULT_FILTERS, "round", DEFAULT_FILTERS["round"])
+    chat_template.bound_arithmetic()
+    text, result = SUMS[what]
+    loop = "{% set ns = namespace(x=9) %}{% for i in range(100) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
+    written = loop if what == "a product in a loop" else "{% set n = 9 %}{{ " + text + " }}"
+    how = {"chat_template": written, "tokenize": False}
+    if result is None:
+        with pytest.raises(OverflowError, match="a template should"):
+            alone.tokenizer.apply_chat_template(chat("x"), **how)
+    else:
+        assert alone.tokenizer.apply_chat_template(chat("x"), **how) == result
+
+
+def test_a_template_does_not_stop_the_server(served):
+    template = "{% if 'go' in messages[0]['content'] %}{{ (7 ** (3 * 10 ** 7)) % 3 }}{% endif %}x"
+    with serving(served, "--context", 512, "--chat-template", template) as running:
+        status, error = running.refused(CHAT, {"messages": chat("go")})
+        assert status == 400 and "a template should compute numbers of at most" in error["message"]
+        assert running.get(CHAT, {"messages": chat("stay"), "max_tokens": 2})["usage"]["prompt_tokens"] == 1
+        assert running.stop() == 0
