@@ -124,6 +124,8 @@ class Handler(mlx_server.APIHandler):
         self.end_headers()
 
     def _post(self) -> None:
+        if self._unread > BODY_BYTES:
+            raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
         with self._large() if self._unread > SMALL_BYTES else nullcontext():
             body = self._checked_body()
         data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
@@ -222,8 +224,6 @@ class Handler(mlx_server.APIHandler):
     # ---- what they ask
 
     def _read_body(self) -> bytes:
-        if self._unread > BODY_BYTES:
-            raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
         small, parts = self._unread <= SMALL_BYTES, []
         how = f"within {wire.BODY_S:g} s" if small else f"with at least {wire.LARGE_RATE} bytes a second"
         while self._unread:
