@@ -29,6 +29,7 @@ PARTS = (
     "ModelProvider",
     "ResponseGenerator",
     "_make_logits_processors",
+    "_make_sampler",
     "make_text_state_machine",
 )
 
@@ -80,7 +81,7 @@ def _open(directory: Path, args: "argparse.Namespace") -> "tuple[Any, Generation
     """The model, and the thread that answers with it."""
     import mlx.core as mx
 
-    from tiny_qmoe_mlx import footprint, generate_options, generate_setup, masked_spans, models, terminal
+    from tiny_qmoe_mlx import chat_template, footprint, generate_options, generate_setup, masked_spans, models, terminal
     from tiny_qmoe_mlx.original import checkpoint
     from tiny_qmoe_mlx.serving import room
     from tiny_qmoe_mlx.serving.generation import Generation, Provider
@@ -88,6 +89,7 @@ def _open(directory: Path, args: "argparse.Namespace") -> "tuple[Any, Generation
     args.prefill_step_size = footprint.PREFILL_CHUNK
     config, cpu = checkpoint.read_config(directory), mx.default_device() == mx.cpu
     masked_spans.refuse(config, "the server")
+    chat_template.bound_arithmetic()
     tokenizer = models.open_tokenizer(directory)
     if args.chat_template:
         tokenizer.chat_template, tokenizer.has_chat_template = args.chat_template, True
@@ -160,7 +162,7 @@ def _stop_on_signals() -> "SimpleQueue[int]":
 
 def ready(args: "argparse.Namespace", port: int) -> str:
     """What is printed when the first request may come."""
-    from tiny_qmoe_mlx.serving.handler import is_local
+    from tiny_qmoe_mlx.serving.callers import is_local
 
     host = f"[{args.host}]" if ":" in args.host else args.host
     line = f"serving {args.model} at http://{host}:{port} (a page there; OpenAI's API under /v1; figures at /metrics)"
