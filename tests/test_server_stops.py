@@ -1,13 +1,16 @@
 """What ends early: clients that leave, requests past the queue, a server that is stopped, generation that fails."""
 
+import ctypes
 import errno
 import json
 import os
+import platform
 import select
 import shutil
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -317,6 +320,19 @@ def test_a_stop_lets_answers_end(served, interruptible, alone, number):
         with pytest.raises(ConnectionError):
             running.open("/health")
     assert running.errors == []
+
+
+SYS_TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or SYS_TGKILL is None, reason="Linux's call for a signal to one thread")
+def test_a_signal_that_another_thread_gets_stops_it_too(served):
+    """Python runs its handler in the main thread alone, which such a signal does not wake."""
+    with serving(served, "--context", 512) as running:
+        pid = running.child.pid
+        others = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if int(task.name) != pid]
+        assert ctypes.CDLL(None).syscall(SYS_TGKILL, pid, others[0], signal.SIGTERM) == 0
+        assert running.child.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tiny_qmoe_mlx.serving.sockets import Server
 
 NEEDS = "0.32"
+POLL_S = 0.1  # seconds between two looks for a signal
 PARTS = (
     "APIHandler",
     "BatchGenerator",
@@ -132,7 +133,8 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
     terminal.check_stopped()  # before
     clients = answer(listening, generation)
     print(ready(args, listening.server_port), flush=True)
-    asked.get()
+    while not asked:
+        time.sleep(POLL_S)
     listening.shutdown()
     clients.join()
     listening.socket.close()  # nobody else connects
@@ -140,19 +142,19 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
         print(f"answers that took more than {args.grace:g} s were cut off", file=sys.stderr)
 
 
-def _stop_on_signals() -> "SimpleQueue[int]":
-    """The first signal asks to stop, by its number in the queue; a second ends at once.
+def _stop_on_signals() -> list[int]:
+    """The first signal asks to stop, by its number in the list; a second ends at once.
 
-    No Event: a handler that comes while this very thread holds the Event's lock would wait for it for ever.
+    Neither an Event nor a queue to wait at: a handler that comes while this very thread holds the Event's lock would
+    wait for it for ever; and the system may give a signal to another thread, which does not wake this one, and handlers
+    run in this one alone (a server under load never stopped).
     """
-    asked: SimpleQueue[int] = SimpleQueue()
-    seen: list[int] = []
+    asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        if seen:
+        if asked:
             raise KeyboardInterrupt
-        seen.append(number)
-        asked.put(number)
+        asked.append(number)
 
     signal.signal(signal.SIGTERM, ask)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not where a shell runs this in the background
