@@ -5,6 +5,7 @@ by numbers that a loader might take for true.
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -267,6 +268,24 @@ def tensors(**entries: tuple[str, list[int], list[int]]) -> Callable[[Path], Non
     return header(json.dumps(words).encode())
 
 
+def again(name: str, copy: str) -> Callable[[Path], None]:
+    """A file of weights a second time, beside the first: a stale shard, a consolidated copy."""
+    return lambda directory: void(shutil.copyfile(directory / name, directory / copy))
+
+
+def tiny(count: int, files: int = 1) -> Callable[[Path], None]:
+    """Weights of so many empty tensors, in several files."""
+
+    def change(directory: Path) -> None:
+        for number in range(files):
+            names = range(number * count // files, (number + 1) * count // files)
+            words = {f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in names}
+            text = json.dumps(words, separators=(",", ":")).encode()
+            (directory / f"model-{7000 + number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+    return change
+
+
 def sparse(name: str, size: int) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -303,6 +322,12 @@ def size_cases() -> Iterator[tuple[str, Case]]:
         yield f"{base}: a side of 2^62", Case(base, tensors(a=("U8", [2**62, 4, 0], [0, 0])))
         yield f"{base}: a negative side", Case(base, tensors(a=("U8", [-1, -4], [0, 4])))
         yield f"{base}: offsets that run backwards", Case(base, tensors(a=("U8", [4], [4, 0])))
+        name = "model.safetensors" if base == ORIGINAL else "model-rest.safetensors"
+        yield f"{base}: weights that stand in two files", Case(base, again(name, "model-old.safetensors"))
+        yield f"{base}: a header of 500,000 tensors", Case(base, tiny(500_000))
+        yield f"{base}: 300,000 tensors in three files", Case(base, tiny(300_000, 3))
+        zeros = header(b'{"a":{"dtype":"U8","shape":[' + b"0," * (15 << 20) + b'0],"data_offsets":[0,0]}}')
+        yield f"{base}: a header of 30 MB of zeros", Case(base, zeros)
         yield f"{base}: data beyond the file", Case(base, tensors(a=("U8", [2**40], [0, 2**40])))
     for key, values in {
         "record_bytes": (0, -128, 2**31 + 128, 2**40, 1.5, True, "4096"),
