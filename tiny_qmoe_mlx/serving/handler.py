@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from mlx_lm import server as mlx_server
 
+from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import checks, figures, openapi, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
@@ -88,7 +89,8 @@ class Handler(mlx_server.APIHandler):
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
             self._check_method()
-            answer()
+            with panics("request", "a library should take this, it failed"):
+                answer()
         except Refused as refused:
             self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
