@@ -36,7 +36,8 @@ QUICK = [  # one or two of a kind; `python -m abuse.hostile_models` and the slow
             "a folder", "socket", "device", "'../", "does not list", "layers 1000000000", "experts 2147483648",
             "10,000 deep", "200 deep", "1 GB", "header of 9223", "overlapping", "overflows", "unknown type",
             "globals of", "reaches in", "without end", "other text", "itself", "index that", "two files",
-            "500,000 tensors",
+            "500,000 tensors", "cuts of no", "is not there", "another class", "text_config x", "rope_theta x",
+            "model_type of", "rope_scaling", "with holes", "surrogate", "escapes in",
         )
     )
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from tiny_qmoe_mlx.errors import shown
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+LONGEST = 4000  # characters of an error; a path may have most of them
 MANY = 1_000_000  # what a bar counts beyond are bytes: no model has so many experts or layers
 
 
@@ -102,7 +103,7 @@ def progress(
 
 
 def sentence(error: BaseException) -> str:
-    """An error as one line: its own text, with the file's name where only the system spoke."""
+    """An error as one line of printable characters: its own text, with the file's name where only the system spoke."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):
@@ -112,7 +113,7 @@ def sentence(error: BaseException) -> str:
         return f"[weights] MLX could not read a file ({' '.join(text.split())}); check the disk"
     if isinstance(error, OSError) and error.strerror:
         text = f"[{error.filename}] {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(text.split()) or type(error).__name__
+    return shown(" ".join(text.split()), LONGEST) or type(error).__name__
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
