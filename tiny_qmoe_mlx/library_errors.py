@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from tiny_qmoe_mlx.errors import FormatError, shown
 
+AGAIN = "download or convert the model again"
 STDERR = 2  # its file descriptor
 TRIPPED = (  # what Python raises where a value is not of the kind that a program counts on
     TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, NameError, NotImplementedError,
@@ -32,26 +33,26 @@ def reason(error: BaseException, most: int = 300) -> str:
 
 
 @contextlib.contextmanager
-def panics(where: str, what: str) -> Iterator[None]:
-    """A panic becomes a FormatError, `[where] what: reason`; other errors stay as they are."""
+def panics(where: str, what: str, advice: str = AGAIN) -> Iterator[None]:
+    """A panic becomes a FormatError, `[where] what: reason; advice`; other errors stay as they are."""
     try:
         yield
     except BaseException as error:
         if not is_panic(error):
             raise
-        raise FormatError(f"[{where}] {what}: {reason(error)}.") from error
+        raise FormatError(f"[{where}] {what}: {reason(error)}; {advice}.") from error
 
 
 @contextlib.contextmanager
-def refused(where: str, what: str) -> Iterator[None]:
+def refused(where: str, what: str, advice: str = AGAIN) -> Iterator[None]:
     """Every error of a library's becomes a FormatError, as in `panics`; our own and the memory's stay."""
-    with panics(where, what):
+    with panics(where, what, advice):
         try:
             yield
         except (FormatError, MemoryError):
             raise
         except Exception as error:
-            raise FormatError(f"[{where}] {what}: {reason(error)}.") from error
+            raise FormatError(f"[{where}] {what}: {reason(error)}; {advice}.") from error
 
 
 @contextlib.contextmanager
@@ -67,8 +68,7 @@ def computing(model: object) -> Iterator[None]:
         with panics("model", what):
             yield
     except TRIPPED as error:
-        advice = "download or convert the model again (--debug shows where it failed)"
-        raise FormatError(f"[model] {what}: {reason(error)}; {advice}.") from error
+        raise FormatError(f"[model] {what}: {reason(error)}; {AGAIN} (--debug shows where).") from error
 
 
 @contextlib.contextmanager

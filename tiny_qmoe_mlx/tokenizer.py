@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_qmoe_mlx.library_errors import panics, refused
 
 ENCODES = "the model's tokenizer should take any text, it does not take this one"
+OTHER = "give another text, or the tokenizer's files of the original"
 DECODES = "the model's tokenizer should have a text for every token, it has none for what was written"
 
 
@@ -20,7 +21,7 @@ class Tokenizer(TokenizerWrapper):
 
     def encode(self, *args: Any, **how: Any) -> list[int]:
         """As transformers' `encode`."""
-        with refused("tokenizer", ENCODES):
+        with refused("tokenizer", ENCODES, OTHER):
             return self._tokenizer.encode(*args, **how)
 
     def decode(self, *args: Any, **how: Any) -> str:
@@ -30,7 +31,7 @@ class Tokenizer(TokenizerWrapper):
 
     def apply_chat_template(self, *args: Any, **how: Any) -> Any:
         """As mlx-lm's; what the template itself raises is for `chat_template.render`."""
-        with panics("tokenizer", ENCODES):
+        with panics("tokenizer", ENCODES, OTHER):
             return super().apply_chat_template(*args, **how)
 
     @property

@@ -282,7 +282,7 @@ class Generation(mlx_server.ResponseGenerator):
         """mlx-lm's loop, begun anew where it fails: those who were being answered are told."""
         while not self._stop:
             try:
-                with panics("generation", "a library should compute this, it failed"):
+                with panics("generation", "a library should compute this, it failed", "ask again"):
                     self._generate()
             except Exception as error:  # a disk, a damaged record, memory: the next request may do better
                 log.exception("generation failed; %d requests were under way", len(self._active))

@@ -89,7 +89,7 @@ class Handler(mlx_server.APIHandler):
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
             self._check_method()
-            with panics("request", "a library should take this, it failed"):
+            with panics("request", "a library should take this, it failed", "ask otherwise"):
                 answer()
         except Refused as refused:
             self._refuse(refused)
