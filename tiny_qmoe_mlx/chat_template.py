@@ -5,11 +5,13 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tiny_qmoe_mlx.errors import shown
+
 Message = dict[str, str]
 MOST_BITS, MOST_ITEMS = 1 << 16, 1 << 20  # of a number, and of a text or list, that a template multiplies to
 
 
-def render(tokenizer: TokenizerWrapper, messages: Sequence[Message], advice: str = "", **how: Any) -> str:
+def render(tokenizer: TokenizerWrapper, messages: Sequence[Message], advice: str = "", /, **how: Any) -> str:
     """Messages in the model's chat template.
 
     Raises:
@@ -18,7 +20,7 @@ def render(tokenizer: TokenizerWrapper, messages: Sequence[Message], advice: str
     try:
         return tokenizer.apply_chat_template(list(messages), **how)
     except Exception as error:  # templates are programs, and raise what they like
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = shown(" ".join(str(error).split()), 300) or type(error).__name__
         sentence = f"[prompt] the model's chat template refuses it: {reason}"
         raise ValueError(f"{sentence}; {advice}." if advice else f"{sentence}.") from error
 

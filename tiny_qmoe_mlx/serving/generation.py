@@ -23,6 +23,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
+from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
 from tiny_qmoe_mlx.serving.prompt import Measured
@@ -312,7 +313,8 @@ class Generation(mlx_server.ResponseGenerator):
         """mlx-lm's loop, begun anew where it fails: those who were being answered are told."""
         while not self._stop:
             try:
-                self._generate()
+                with panics("generation", "a library should compute this, it failed", "ask again"):
+                    self._generate()
             except Exception as error:  # a disk, a damaged record, memory: the next request may do better
                 log.exception("generation failed; %d requests were under way", len(self._active))
                 self.batch, self._alone = None, 0

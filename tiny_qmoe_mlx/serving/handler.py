@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from mlx_lm import server as mlx_server
 
+from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import callers, checks, figures, openapi, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
 from tiny_qmoe_mlx.serving.prompt import too_long
@@ -90,7 +91,8 @@ class Handler(mlx_server.APIHandler):
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
             self._check_method()
-            answer()
+            with panics("request", "a library should take this, it failed", "ask otherwise"):
+                answer()
         except Refused as refused:
             self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
