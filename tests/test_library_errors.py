@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,7 +144,7 @@ def test_no_disk_to_hold_it_on(capfd, monkeypatch):
     def full() -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(library_errors.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with library_errors.quiet_panics():
         os.write(2, b"said\n")
     assert capfd.readouterr().err == "said\n"

@@ -7,7 +7,6 @@ itself writes to stderr.
 import contextlib
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 
@@ -84,6 +83,8 @@ def quiet_panics() -> Iterator[None]:
     if not _ours:
         yield
         return
+    import tempfile  # needed by few
+
     with _holding, contextlib.ExitStack() as ends:
         try:
             held = ends.enter_context(tempfile.TemporaryFile())
