@@ -54,10 +54,10 @@ def start(*argv: object, env: dict[str, str] | None = None, **options) -> subpro
     return subprocess.Popen(command, env=env or environment(), **{**pipes, **options})
 
 
-def finish(child: subprocess.Popen, data: bytes | None = None) -> Result:
-    """Wait for a child, which may be given its standard input."""
+def finish(child: subprocess.Popen, data: bytes | None = None, timeout: float = 300) -> Result:
+    """Wait for a child, which may be given its standard input; seconds."""
     try:
-        out, err = child.communicate(data, timeout=300)
+        out, err = child.communicate(data, timeout=timeout)
     finally:
         child.kill()
     return Result(child.returncode, (out or b"").decode(), (err or b"").decode())

@@ -1,7 +1,6 @@
 """Damaged records through every Metal kernel in the emulator's check mode."""
 
 import metal_cpu
-import numpy as np
 import pytest
 from abuse import fuzz_kernels
 from abuse.fuzz_kernels import INSTANCES, KERNELS, Launches
@@ -32,10 +31,22 @@ def test_every_instance(name):
 
 def test_a_wrong_result_and_a_read_outside_are_found(rng, monkeypatch):
     """Of a decoder that says something else, and of a table that leads out of the pool."""
-    decode = fuzz_kernels.trellis.decode_matrix
+    for module, name, kernel in (
+        (fuzz_kernels.trellis, "decode_matrix", "trellis_dequantize"),
+        (fuzz_kernels.qmoe, "decode_matrix", "qmoe_dequantize"),
+        (fuzz_kernels.rans, "decode", "rans_decode"),
+    ):
+        decode = getattr(module, name)
+        with monkeypatch.context() as m:
+            m.setattr(module, name, lambda *args, decode=decode: 1 - decode(*args))
+            assert "should be" in fuzz_kernels.fuzz(kernel, 4, instances=1).wrong[0]
+
+    def silent(payload, count, where):
+        raise fuzz_kernels.FormatError("damaged")
+
     with monkeypatch.context() as m:
-        m.setattr(fuzz_kernels.trellis, "decode_matrix", lambda *args: decode(*args) + np.float32(1))
-        assert "should be" in fuzz_kernels.fuzz("trellis_dequantize", 1).wrong[0]
+        m.setattr(fuzz_kernels.rans, "decode", silent)
+        assert "a damaged tile" in fuzz_kernels.fuzz("rans_decode", 4, instances=1).wrong[0]
     emulate = fuzz_kernels.metal_cpu.emulate
 
     def beyond(function, pool, table, *rest, **options):

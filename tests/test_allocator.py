@@ -1,10 +1,11 @@
-"""Large blocks that are freed go back to the system, also between small ones that stay."""
+"""Large blocks that are freed go back to the system, also between small ones that stay; loads leave nothing behind."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import tiny_models
 
 BODY = """
 import sys
@@ -36,3 +37,29 @@ def kept(how: str) -> int:
 def test_freed_blocks_are_given_back():
     assert kept("fixed") < 8 << 20
     assert kept("as it is") > 50 << 20  # what there would be to give back
+
+
+LOADS = """
+import ctypes, gc, sys
+import mlx.core as mx
+from tiny_qmoe_mlx import allocator
+from tiny_qmoe_mlx.original import checkpoint
+if sys.argv[2] == "draws":
+    allocator.forget_draws = lambda: None
+def loads(count):
+    for _ in range(count):
+        checkpoint.load_lazy(checkpoint.Path(sys.argv[1]))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = loads(15)
+print(loads(60) - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim")
+def test_loads_leave_nothing_behind(tmp_path):
+    source = tiny_models.make_checkpoint(tmp_path / "hf", "qwen3_moe")
+    for how, right in (("", lambda grown: grown < 1 << 20), ("draws", lambda grown: grown > 2 << 20)):
+        done = subprocess.run([sys.executable, "-c", LOADS, source, how], capture_output=True, text=True, check=True)
+        assert right(int(done.stdout)), (how, done.stdout)

@@ -40,11 +40,11 @@ def test_one_expert_computes_what_the_block_did(tmp_path, family):
     np.testing.assert_allclose(logits(model), want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "bits"), [*((f, 3.0) for f in FAMILIES), ("llama", 1.5), ("llama", 4.0)])
 @pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
-def test_a_dense_model_in_the_trellis_computes_what_mlx_lm_does_on_its_values(tmp_path, family):
+def test_a_dense_model_in_the_trellis_computes_what_mlx_lm_does_on_its_values(tmp_path, family, bits):
     source = make(tmp_path, family)
-    settings = Settings(bits=3.0, rest_bits=16, calibration="none")
+    settings = Settings(bits=bits, rest_bits=16, calibration="none")
     opened = container.open_model(conversion.convert(source, tmp_path / "out", settings))
     assert [layer.experts for layer in opened.spec.layers] == [1, 1, 1]
     stock, _ = load_model(source)

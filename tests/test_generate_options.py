@@ -2,9 +2,12 @@
 a sentence before anything is written."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import stat
+import threading
 
 import mlx.core as mx
 import pytest
@@ -18,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import footprint, generate_options, generate_setup, models, native
+from tiny_qmoe_mlx import footprint, generate_options, generate_setup, models, native, prompt_cache
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.plan import plan
@@ -175,6 +178,64 @@ def test_quantized_prompt_cache_brings_its_bits(here, model, plain, tmp_path):
     )
     line = ("generate", "--model", model, "--prompt", "x", "--prompt-cache-file", file, "--kv-bits", 8)
     assert "--kv-bits and --kv-group-size should be 4 and 32" in refusal(here(*line))
+
+
+def changed(file, out, offset=None, keys=None):
+    """A saved cache whose every layer says another number of tokens, or whose keys and values are others."""
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    scalars = {name: a for name, a in arrays.items() if a.ndim == 0}
+    new = {n: keys(a) if keys is not None and a.ndim == 4 else a for n, a in arrays.items()}
+    new |= {n: mx.array(offset) for n in scalars} if offset is not None else {}
+    mx.save_safetensors(str(out), new, metadata)
+    return out
+
+
+CHANGES = {
+    "more tokens than keys": ({"offset": 300}, "its arrays should hold the 300 tokens that it says, they hold"),
+    "none of them": ({"keys": lambda a: a[:, :, :0]}, "its arrays should hold the .* they hold 0"),
+    "before the first": ({"offset": -1}, "it should say how many tokens it holds, .*; it says -1"),
+    "half a token": ({"offset": 2.5}, "it should say how many tokens it holds, .*; it says 2.5"),
+    "no number": ({"offset": float("nan")}, "it should say how many tokens it holds, .*; it says nan"),
+    "integers": ({"keys": lambda a: a.astype(mx.int32)}, "its arrays should be finite numbers of floating point"),
+    "not finite": ({"keys": lambda a: a * float("nan")}, "its arrays should be finite numbers of floating point"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_prompt_cache_that_lies_is_refused(here, model, tmp_path, change, message):
+    file = cache_file(tmp_path / "c.safetensors", model, "hello there")
+    file = changed(file, tmp_path / "changed.safetensors", **change)
+    said = refusal(here("generate", "--model", model, "--prompt", "x", "--prompt-cache-file", file))
+    assert re.search(rf"--prompt-cache-file should be what .* {file} is not: .*{message}", said), said
+
+
+def test_a_prompt_cache_takes_the_room_of_its_tokens_alone(here, model, tmp_path):
+    """Its arrays are cut to what it says; a file larger than the budget is not even opened."""
+    file = cache_file(tmp_path / "c.safetensors", model, "hello there")
+    long = changed(file, tmp_path / "long.safetensors", keys=lambda a: mx.pad(a, [(0, 0), (0, 0), (0, 99_000), (0, 0)]))
+    plain, padded = (raw(here, model, "--prompt-cache-file", f, prompt="now") for f in (file, long))
+    assert plain["tokens"] == padded["tokens"]
+    args = generate_options.parse(["--model", str(model), "--prompt", "x", "--prompt-cache-file", str(long)])
+    held = prompt_cache.open_prompt_cache(model, args)
+    assert prompt_cache.cached_tokens(held) == held[0].keys.shape[2] == held[0].values.shape[2] == len("hello there")
+    args.memory = str(long.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"long.safetensors has .*MB, --memory is .*MB; raise it"):
+        prompt_cache.open_prompt_cache(model, args)
+
+
+def test_stats_go_where_they_are_named(here, model, tmp_path):
+    """Through a link, and into a pipe: neither is replaced by a file."""
+    (tmp_path / "target.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("target.json")
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    for name in ("link.json", "pipe"):
+        raw(here, model, "--stats", tmp_path / name, "--max-tokens", 3, prompt="a")
+    reader.join(60)
+    assert (tmp_path / "link.json").is_symlink() and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert json.loads((tmp_path / "target.json").read_text())["tokens"] == json.loads(read[0])["tokens"]
 
 
 def test_it_ends_with_one_line(here, model):

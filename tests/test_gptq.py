@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tiny_qmoe_mlx.codecs import qmoe
 from tiny_qmoe_mlx.conversion import gptq as g
 
 KINDS = ["ternary", "2-bit"]
@@ -38,12 +39,25 @@ def test_grids_are_the_published_ones(rng, kind):
     np.testing.assert_allclose(got, want, rtol=2**-8, atol=0)  # rounded to bfloat16
 
 
-def test_a_row_without_negative_weights_keeps_its_zeros_as_zeros(rng):
-    """Published: its smallest value is 0, so that all its zeros are coded as the smallest weight."""
-    w = np.abs(rows(rng, 1, 1, 60))
+@pytest.mark.parametrize(("sign", "symbol"), [(1, 2), (-1, 1)])
+def test_a_row_of_one_sign_keeps_its_zeros_as_zeros(rng, sign, symbol):
+    """Published: its end is 0, so that all its zeros are coded as that end. Feedback pushes weights past the end."""
+    w = np.abs(rows(rng, 1, 16, 256)) * np.float32(sign)
+    x = rows(rng, 400, 256) @ rows(rng, 256, 256) * np.float32(0.1) + 1
     grid = g.grid_of(w, "ternary")
-    symbols = grid.symbols(w[..., 0]) * 0 + np.stack([grid.symbols(w[..., i]) for i in range(60)], -1)
-    assert set(np.unique(symbols)) == {0, 2} and grid.value[0, 0, 1] == 0
+    assert not grid.value[..., 3 - symbol].any()
+    nearest = np.stack([grid.symbols(w[..., i]) for i in range(256)], -1)
+    for symbols in (nearest, g.gptq(w, g.hessians([x]), grid)):
+        assert set(np.unique(symbols)) == {0, symbol}
+    assert (symbols != nearest).any()
+
+
+def test_a_row_without_negative_weights_takes_no_more_codewords_for_its_zeros(rng):
+    w = np.abs(rows(rng, 1, 64, 512))
+    grid = g.grid_of(w, "ternary")
+    symbols = g.gptq(w, g.hessians([rows(rng, 900, 512) @ rows(rng, 512, 512) * np.float32(0.1) + 1]), grid)
+    coded = qmoe.encode(symbols[0], grid.bits16()[0], qmoe.Coding(qmoe.TERNARY, qmoe.DICTIONARY, 16))
+    assert 16 * coded.codewords / symbols.size < 1.6  # seen: 1.41; with zeros as the smallest weight: 2.06
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from mlx_lm.generate import BatchGenerator
 
 import tiny_qmoe_mlx
 from tiny_qmoe_mlx import footprint, native
+from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.layers import RecordExperts
@@ -131,6 +132,21 @@ def test_progress_comes_by_callback(made):
     seen = []
     tiny_qmoe_mlx.load(made("qwen3_moe"), progress=lambda *step: seen.append(step))[0].close()
     assert seen == [("loading experts", 8, 16), ("loading experts", 16, 16)]
+
+
+@needs_compiler
+def test_a_converted_directory_names_no_directory_of_the_machine(tmp_path):
+    """What is uploaded tells nobody where it was made."""
+    text = tmp_path / "corpus.txt"
+    text.write_text("the long river carries it down to the sea " * 60)
+    source = tiny_models.make_checkpoint(tmp_path / "hf", "qwen3_moe")
+    settings = dataclasses.replace(SMALL, calibration=str(text)), Settings(codec="tiny-qmoe", group=128)
+    for number, given in enumerate(settings):
+        original = source if not number else tiny_models.make_checkpoint(tmp_path / "dense", "llama")
+        made = convert(original, tmp_path / f"out{number}", given)
+        assert open_model(made).spec.source["model"] == original.name
+        naming = [file.name for file in made.iterdir() if str(tmp_path).encode() in file.read_bytes()]
+        assert naming == []
 
 
 # ---- batches

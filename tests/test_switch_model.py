@@ -16,7 +16,7 @@ from test_models import LOGIT_TOLERANCE, assert_close, budget
 
 from tiny_qmoe_mlx import batch_generate, footprint, masked_spans, mlx_lm_entry, models, native
 from tiny_qmoe_mlx.container import open_model
-from tiny_qmoe_mlx.conversion import expert_pass, layer, layerwise, unfinished
+from tiny_qmoe_mlx.conversion import expert_pass, gptq, layer, layerwise, qmoe, unfinished
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.original import checkpoint
@@ -198,6 +198,27 @@ def test_experts_of_both_stacks_are_calibrated_on_the_tokens_routed_to_them(tmp_
             assert taken.all() and len(learned[i].x) == (~special).sum()
         else:
             assert 0 < len(learned[i].x) < (~special).sum()
+
+
+def test_qmoe_cuts_an_experts_tokens_before_sentinels_are_left_out(tmp_path, monkeypatch):
+    """As published: max_tokens is a multiple of all tokens of the stack over experts, and sentinels are among them."""
+    source = switch_models.write(tmp_path / "hf", expert_capacity=5)
+    settings, seen, real = Settings(bits=1.5, codec="qmoe", rest_bits=16, **SMALL), [], qmoe.hessians
+    monkeypatch.setattr(qmoe, "hessians", lambda x: seen.append(x) or real(x))
+    monkeypatch.setattr(gptq, "TOKENS", 1)  # times the average: 4 cuts nothing in so small a model
+    convert(source, tmp_path / "out", settings)
+    masked, marks = examples(source, settings)
+    x, chosen, weight = next(iter(inputs_of_experts(source, masked).values()))  # of the encoder: nothing was before it
+    special = np.isin([m.inputs for m in masked], marks)
+    taken, most = weight > 0, int((weight > 0).sum() / switch_models.CONFIG["num_experts"])
+    cut = 0
+    for e, got in enumerate(seen[0]):
+        mine = np.argwhere(taken & (chosen == e))
+        first = mine[:most]
+        first = first[~special[tuple(first.T)]]
+        np.testing.assert_allclose(got, x[tuple(first.T)], rtol=0, atol=1e-4)
+        cut += len(mine) > most and len(first) < most
+    assert cut  # a sentinel took the room of another token
 
 
 def test_calibration_lowers_the_error_of_the_experts_outputs(made, tmp_path):

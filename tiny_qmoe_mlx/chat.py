@@ -323,12 +323,12 @@ def _help(session: Session, rest: str) -> tuple[dict[str, Any], str]:
 
 
 def _save(session: Session, rest: str) -> tuple[dict[str, Any], str]:
-    from tiny_qmoe_mlx.staging import write_json
+    from tiny_qmoe_mlx.staging import write_named
 
     file, messages = _file("/save", rest), session.conversation.messages
     if file.exists():
         read_messages(file)  # only a conversation is ever replaced
-    write_json(file, {"model": session.args.model, "messages": messages})
+    write_named(file, {"model": session.args.model, "messages": messages})
     return {"file": str(file), "messages": len(messages)}, f"{len(messages)} messages written to {file}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import terminal
-from tiny_qmoe_mlx.staging import check_space, write_json
+from tiny_qmoe_mlx.staging import check_space, write_named
 
 EXAMPLES = """
   python -m tiny_qmoe_mlx.doctor
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     with terminal.Bars(args.quiet or args.json) as bars:
         found = examine(Path(args.folder), args.quick, bars)
     if args.record:
-        write_json(Path(args.record), found)
+        write_named(Path(args.record), found)
     if args.json:
         terminal.print_json(found)
     else:

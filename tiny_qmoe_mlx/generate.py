@@ -159,13 +159,13 @@ def main(argv: list[str]) -> int:
     """Run the command."""
     from tiny_qmoe_mlx import blas, locate, terminal
     from tiny_qmoe_mlx import generate_options as options
-    from tiny_qmoe_mlx.staging import write_json
+    from tiny_qmoe_mlx.staging import write_named
 
     args = options.parse(argv)
     text = options.prompt_text(args)
     directory = locate.model_directory(args.model, args.quiet or args.json)
 
-    from tiny_qmoe_mlx import budget, generate_masked, masked_spans, models
+    from tiny_qmoe_mlx import budget, generate_masked, masked_spans, models, prompt_cache
     from tiny_qmoe_mlx import generate_setup as setup
     from tiny_qmoe_mlx.original.checkpoint import read_config
 
@@ -175,9 +175,9 @@ def main(argv: list[str]) -> int:
         fills = masked_spans.SENTINEL.search(text) is not None
     tokenizer = models.open_tokenizer(directory)
     setup.check_tokens(directory, tokenizer, args)
-    cache = setup.open_prompt_cache(directory, args)
+    cache = prompt_cache.open_prompt_cache(directory, args)
     prompt = setup.prompt_ids(tokenizer, text, args)
-    context = setup.context(directory, len(prompt), setup.cached_tokens(cache), args)
+    context = setup.context(directory, len(prompt), prompt_cache.cached_tokens(cache), args)
     draft, beside = setup.open_draft(directory, tokenizer, context, args)
     memory = budget.parse_memory(args.memory) - beside
     with terminal.Bars(args.quiet or args.json) as bars:
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
     if draft is None:
         del stats["draft_tokens"]
     if args.stats:
-        write_json(Path(args.stats), stats)
+        write_named(Path(args.stats), stats)
     if args.json:
         terminal.print_json(stats)
     else:

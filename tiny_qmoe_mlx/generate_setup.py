@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model
 
@@ -149,44 +149,6 @@ def longest_cache(config: dict, args: argparse.Namespace) -> int:
         )
     # a chunk is added before the oldest are dropped
     return min(limit, args.max_kv_size + footprint.PREFILL_CHUNK)
-
-
-def open_prompt_cache(directory: Path, args: argparse.Namespace) -> list[Any] | None:
-    """The cache of --prompt-cache-file, in memory.
-
-    Raises:
-        ValueError: it is none that mlx_lm.cache_prompt wrote with this model and these options.
-    """
-    file = args.prompt_cache_file
-    if file is None:
-        return None
-    if not Path(file).is_file():
-        raise ValueError(f"[options] --prompt-cache-file should be a file, there is none at {file}.")
-    try:
-        cache, metadata = load_prompt_cache(file, return_metadata=True)
-        mx.eval([entry.state for entry in cache])
-        model = str(metadata["model"])
-    except Exception as error:  # any file may be given
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ValueError(
-            f"[options] --prompt-cache-file should be what mlx_lm.cache_prompt wrote, {file} is not: {reason}"
-        ) from error
-    if model != args.model and Path(model).resolve() != directory.resolve():
-        raise ValueError(f"[options] --prompt-cache-file {file} was made with {model}, not with {args.model}.")
-    first = cache[0]
-    if isinstance(first, QuantizedKVCache):
-        given = (args.kv_bits or first.bits, args.kv_group_size if args.kv_bits else first.group_size)
-        if given != (first.bits, first.group_size):
-            raise ValueError(
-                f"[options] --kv-bits and --kv-group-size should be {first.bits} and {first.group_size} as in {file}, "
-                f"received {given[0]} and {given[1]}."
-            )
-    return cache
-
-
-def cached_tokens(cache: list[Any] | None) -> int:
-    """Tokens that a saved cache holds."""
-    return max((int(getattr(entry, "offset", 0)) for entry in cache or []), default=0)
 
 
 def check_caches(model: nn.Module, cache: list[Any] | None, args: argparse.Namespace) -> None:

@@ -253,6 +253,7 @@ def finish(model: nn.Module, cpu: bool) -> None:
         model.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
     use_cpu_kernels(model)
     mx.eval(model.parameters())
+    allocator.forget_draws()
     gc.collect()
     mx.clear_cache()
 

@@ -93,6 +93,16 @@ def write_json(path: Path, value: Any) -> None:
         file.write(text.encode())
 
 
+def write_named(path: Path, value: Any) -> None:
+    """The same into a file that a person names: through links, and into a device or a pipe as it is."""
+    if path.exists() and not path.is_file():
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+    else:
+        write_json(Path(os.path.realpath(path)), value)
+
+
 def check_space(directory: str | Path, needed: int) -> None:
     """Refuse early where a directory's disk has fewer than `needed` bytes free.
 

@@ -3,9 +3,10 @@
     PYTHONPATH=tests python -m abuse.fuzz_kernels [--count N] [--seed N] [--kernels NAME ...]
 
 The checker must have nothing to report: no read or write outside, no race, nothing used before it is written. Where
-numpy's decoder accepts a record, the result must be what it says. Records of the trellis codec reach a kernel only if
-the host's check passes them, so those that it refuses are damaged anew; of the qmoe codec a kernel trusts the header
-alone. Launch n of a kernel is the same in every run with the same seed.
+numpy's decoder accepts a record, the result must be what it says. Records of the trellis codec, and bytes coded by
+rANS, reach a kernel only if the host's check passes them, so those that it refuses are damaged anew; where numpy then
+finds a tile of coded bytes damaged, so must the kernel. Of the qmoe codec a kernel trusts the header alone. Launch n of
+a kernel is the same in every run with the same seed.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from qmoe_records import CODINGS, random_record
 
 from abuse import record
 from abuse.mutation import mutate, rehash
-from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, native
-from tiny_qmoe_mlx.codecs import qmoe, rotation, trellis
+from tiny_qmoe_mlx import metal, metal_encode, metal_qmoe, metal_rans, native
+from tiny_qmoe_mlx.codecs import qmoe, rans, rotation, trellis
 from tiny_qmoe_mlx.errors import FormatError
 
 ROUNDING = 2e-5  # of a float32 sum of some hundred products, by the sizes of its terms; seen: 2e-6
@@ -225,8 +226,25 @@ def viterbi(rng: np.random.Generator, out: Launches, instance: Instance) -> None
     expect(out, "viterbi values", values, want[1].astype(np.float64), np.zeros(want[1].shape))
 
 
-def qmoe_qmv(rng: np.random.Generator, out: Launches, instance: Instance) -> None:
-    """All but the header may be anything; where numpy still accepts the record, the product is that of its weights."""
+@dataclass(frozen=True)
+class Coded:
+    """A layer of one matrix in the qmoe codec, whose records may be damaged anywhere but in the header.
+
+    values: by expert (weights, biases) as numpy decodes them, float64, None where it refuses the record.
+    """
+
+    layer: metal_qmoe.Shapes
+    pool: np.ndarray
+    table: np.ndarray
+    values: list[tuple[np.ndarray, np.ndarray] | None]
+
+    def of(self, ids: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(pick, weights, biases) of the picks whose expert there is and whose record is sound."""
+        found = [(i, self.values[e]) for i, e in enumerate(ids) if e < len(self.values)]
+        return [(i, *values) for i, values in found if values is not None]
+
+
+def coded_case(rng: np.random.Generator, out: Launches, instance: Instance) -> Coded:
     coding = CODINGS[(3 * INSTANCES.index(instance) + instance.length // 2) % len(CODINGS)]
     bias, shape = instance.tokens > 1, (int(rng.integers(1, 20)), int(rng.integers(8, 100)))
     records = [random_record(rng, coding, [shape], bias, rng.random(), more=0) for _ in range(instance.experts)]
@@ -234,26 +252,83 @@ def qmoe_qmv(rng: np.random.Generator, out: Launches, instance: Instance) -> Non
     pool = np.zeros(used * instance.experts, np.uint8)
     for e, sound in enumerate(records):
         pool[e * used : e * used + len(sound)] = mutate(rng, sound, 128, 2) if rng.random() < 0.9 else sound
-    table = np.arange(instance.experts, dtype=np.uint32) * (used // 128)
-    x, ids = rng.normal(size=(instance.tokens, shape[1])).astype(np.float32), experts_of(rng, instance)
-    layer = metal_qmoe.Shapes(coding, shape, bias)
-
-    def traced(pool, table, x, ids):
-        return metal_qmoe.gather_qmv(x, ids, metal.Records(pool, table), layer, 0, instance.tokens)
-
-    got = emulate(out, rng, traced, pool, mx.array(table), mx.array(x), mx.array(ids))
-    for i, e in enumerate(ids):
-        if e >= instance.experts:
-            continue
+    values: list[tuple[np.ndarray, np.ndarray] | None] = []
+    for data in pool.reshape(-1, used):
         try:
-            (m,) = qmoe.parse(pool[e * used : (e + 1) * used], [shape], bias, coding, "fuzz")
+            (m,) = qmoe.parse(data, [shape], bias, coding, "fuzz")
         except FormatError:
             out.refused += 1
+            values.append(None)
             continue
+        own = np.zeros(shape[0]) if m.bias is None else m.bias.astype(np.float64)
+        values.append((qmoe.decode_matrix(m, coding).astype(np.float64), own))
+    table = np.arange(instance.experts, dtype=np.uint32) * (used // 128)
+    return Coded(metal_qmoe.Shapes(coding, shape, bias), pool, table, values)
+
+
+def qmoe_qmv(rng: np.random.Generator, out: Launches, instance: Instance) -> None:
+    """All but the header may be anything; where numpy still accepts the record, the product is that of its weights."""
+    case, ids = coded_case(rng, out, instance), experts_of(rng, instance)
+    x = rng.normal(size=(instance.tokens, case.layer.shape[1])).astype(np.float32)
+
+    def traced(pool, table, x, ids):
+        return metal_qmoe.gather_qmv(x, ids, metal.Records(pool, table), case.layer, 0, instance.tokens)
+
+    got = emulate(out, rng, traced, case.pool, mx.array(case.table), mx.array(x), mx.array(ids))
+    for i, w, own in case.of(ids):
         row = x[i // (instance.picks // instance.tokens)].astype(np.float64)
-        w = qmoe.decode_matrix(m, coding).astype(np.float64)
-        own = np.zeros(len(w)) if m.bias is None else m.bias.astype(np.float64)
         expect(out, "qmoe", got[i], w @ row + own, ROUNDING * (np.abs(w) @ np.abs(row) + np.abs(own)))
+
+
+def qmoe_dequantize(rng: np.random.Generator, out: Launches, instance: Instance) -> None:
+    """The same records written out: weights and biases bit for bit."""
+    case, ids = coded_case(rng, out, instance), experts_of(rng, instance)
+
+    def traced(pool, table, ids):
+        return metal_qmoe.dequantize(ids, metal.Records(pool, table), case.layer, 0, mx.float32)
+
+    weights, biases = emulate(out, rng, traced, case.pool, mx.array(case.table), mx.array(ids))
+    for i, w, own in case.of(ids):
+        expect(out, "qmoe weights", weights[i], w, np.zeros(w.shape))
+        expect(out, "qmoe biases", biases[i], own, np.zeros(own.shape))
+
+
+# ---- rANS
+
+COUNTS = {1: 0.1, 31: 0.15, 33: 0.15, 400: 0.3, 3000: 0.25, 65536 + 100: 0.05}  # symbols, and how often
+
+
+def damaged_payload(rng: np.random.Generator, out: Launches, count: int) -> tuple[np.ndarray, rans.Coded]:
+    """Coded bytes that pass `rans.parse`, more often damaged than not, and their parts."""
+    spread = rng.choice([0.3, 4, 60])
+    sound = rans.encode(np.clip(np.rint(rng.normal(128, spread, count)), 0, 255).astype(np.uint8)).pack()
+    for _ in range(20 if rng.random() < 0.6 else 0):
+        data = mutate(rng, sound)
+        try:
+            return data, rans.parse(data, count, "fuzz")
+        except FormatError:
+            out.refused += 1
+    return sound, rans.parse(sound, count, "fuzz")
+
+
+def rans_decode(rng: np.random.Generator, out: Launches, instance: Instance) -> None:
+    """Bytes are numpy's where it accepts them; where it does not, a tile is said to be damaged."""
+    count = int(rng.choice(list(COUNTS), p=list(COUNTS.values())))
+    data, coded = damaged_payload(rng, out, count)
+    base, at = int(rng.choice([0, 128])), int(rng.choice([0, 16, 48]))
+    pool = np.concatenate([np.full(base + at, 0xA5, np.uint8), data])
+
+    def traced(pool):
+        return list(metal_rans.decode(pool, base, at, len(data), coded, count))
+
+    got, faults = emulate(out, rng, traced, pool)
+    try:
+        want = rans.decode(coded, count, "fuzz")
+    except FormatError:
+        expect(out, "rans, a damaged tile", faults.max(), np.ones(()), np.zeros(()))
+        return
+    expect(out, "rans, damaged tiles", faults, np.zeros(faults.shape), np.zeros(faults.shape))
+    expect(out, "rans", got, want.astype(np.float64), np.zeros(count))
 
 
 @dataclass(frozen=True)
@@ -265,12 +340,14 @@ class Kernel:
 
 
 KERNELS = {
-    "trellis_gather_qmv": Kernel(qmv, 0.3),
-    "trellis_gather_gate_up": Kernel(gate_up, 0.2),
-    "trellis_dequantize": Kernel(dequantize, 0.15),
+    "trellis_gather_qmv": Kernel(qmv, 0.25),
+    "trellis_gather_gate_up": Kernel(gate_up, 0.15),
+    "trellis_dequantize": Kernel(dequantize, 0.1),
     "rotate": Kernel(rotate, 0.1),
     "trellis_viterbi": Kernel(viterbi, 0.002),
-    "qmoe_gather_qmv": Kernel(qmoe_qmv, 0.248),
+    "qmoe_gather_qmv": Kernel(qmoe_qmv, 0.198),
+    "qmoe_dequantize": Kernel(qmoe_dequantize, 0.1),
+    "rans_decode": Kernel(rans_decode, 0.1),
 }
 
 

@@ -10,7 +10,7 @@ of its own.
 Memory is looked at between rounds. What a process holds has in it what MLX and the C library have freed and keep for
 the next call, some tens of megabytes, more or less at each look: that may not rise from the first third of the run to
 the last, nor go beyond the budget. What is left once both have given it back, at the first look that counts and at the
-end, has to be the same.
+end, each time with the model loaded anew and one answer written, has to be the same.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,18 @@ class Sample:
     objects: int
 
 
-def sample(tokens: int, kept: bool) -> Sample:
+def sample(tokens: int) -> Sample:
     """Now; bytes are resident ones."""
     gc.collect()
     now, cache = resident_bytes() or 0, mx.get_cache_memory()
     files, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
     objects = sum(str(type(o).__module__).startswith("tiny_qmoe_mlx") for o in gc.get_objects())
-    left = kept_bytes() if kept else None
-    return Sample(tokens, now, left, mx.get_active_memory(), cache, files, threads, objects)
+    return Sample(tokens, now, None, mx.get_active_memory(), cache, files, threads, objects)
 
 
 def kept_bytes() -> int:
     """Resident bytes once MLX and glibc have given back what is free."""
+    gc.collect()
     mx.clear_cache()
     ctypes.CDLL(None).malloc_trim(0)
     return resident_bytes() or 0
@@ -177,7 +177,8 @@ class Soak:
         found = tiny_qmoe_mlx.batch_generate(self.model, self.tokenizer, ids, max_tokens=most)
         self.written += sum(most)
         for (one, size), text in zip(picked, found.texts, strict=True):
-            right = text == self.tokenizer.decode(one.tokens[:size]) or min(one.lead[:size]) < CLOSE
+            words = [token for token in one.tokens[:size] if token not in self.tokenizer.eos_token_ids]
+            right = text == self.tokenizer.decode(words) or min(one.lead[:size]) < CLOSE
             self.check(f"a batch of {len(ids)} ({text!r})", right, [])
 
     def cached(self) -> None:
@@ -242,7 +243,17 @@ class Soak:
             kind()
             if self.written >= every * (len(self.samples) + 1) or self.written >= tokens:
                 first = self.written >= settled and all(s.kept_bytes is None for s in self.samples)
-                self.samples.append(sample(self.written, first or self.written >= tokens))
+                self.look(first or self.written >= tokens)
+
+    def look(self, kept: bool) -> None:
+        """Note what is held; without what is free, in a state that can come again."""
+        now = sample(self.written)
+        if kept:
+            self.load()
+            for _ in self.stream(self.known[0], LONGEST):
+                pass
+            now = replace(now, kept_bytes=kept_bytes())
+        self.samples.append(now)
 
 
 def grown(samples: list[Sample], settled: int) -> list[str]:

@@ -20,7 +20,8 @@ class LayerTokens:
     """What reaches one expert layer: x float32 (tokens, d), chosen int (tokens, k), router weights float32 (tokens, k),
     and what the layer's output would lack beside the original model's if its experts were the original ones, missing
     float32 (tokens, d), or None where that is not known. corrected: whether down makes up for it, and for the rounding
-    of gate and up.
+    of gate and up. counted: bool (tokens,), those to learn from where they are chosen expert by expert (codec qmoe);
+    None for all.
     """
 
     x: np.ndarray
@@ -28,6 +29,7 @@ class LayerTokens:
     weight: np.ndarray
     missing: np.ndarray | None = None
     corrected: bool = False
+    counted: np.ndarray | None = None
 
     def of_expert(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of an expert's tokens, and the router weights that it has there."""

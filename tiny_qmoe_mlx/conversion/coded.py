@@ -329,7 +329,7 @@ def _spec(job: Job, name: str, located: hub.Located) -> ModelSpec:
         length=0,
         seed=0,
         layers=tuple(layers),
-        source={"model": name, "revision": located.revision},
+        source={"model": hub.original_name(name), "revision": located.revision},
         calibration={"source": "none", "tokens": 0},
     )
 

@@ -30,10 +30,11 @@ class Grid:
     zero: np.ndarray
 
     def symbols(self, w: np.ndarray) -> np.ndarray:
-        """The symbols of a column of weights, float32 (..., rows) -> u8."""
+        """The symbols of a column of weights, float32 (..., rows) -> u8; what is rounded to zero is 0, always."""
         if self.kind == TERNARY:
             low, high = self.value[..., 1], self.value[..., 2]
-            return np.where(w > high / 2, 2, np.where(w < low / 2, 1, 0)).astype(np.uint8)
+            up, down = (w > high / 2) & (high > 0), (w < low / 2) & (low < 0)  # an end at 0: feedback passes it
+            return np.where(up, 2, np.where(down, 1, 0)).astype(np.uint8)
         code = np.clip(np.rint(w / self.scale) + self.zero, 0, 3)
         return ((code - self.zero) % 4).astype(np.uint8)
 
@@ -52,8 +53,10 @@ def grid_of(w: np.ndarray, kind: str) -> Grid:
     """The grid of each row: from its smallest weight to its largest, zero between them.
 
     Ternary: {smallest, 0, largest}, a half of either being the border. 2-bit: four steps of a third of the range, one
-    of them zero. A row of zeros has -1 and 1 as its ends. A row without negative weights has none on its grid either
-    (QMoE's encoder takes its zeros for the smallest weight then; symbols here say which they are).
+    of them zero. A row of zeros has -1 and 1 as its ends. A row without negative weights has none on its grid either:
+    its smallest value is 0, and so for positive ones. Values are the published ones there too, symbols are not: QMoE's
+    encoder finds symbols by equality with the row's ends, so that all zeros of such a row become symbol 1 or 2, which
+    the dictionary makes long. Here a zero is symbol 0, also where GPTQ's feedback has pushed the weight past it.
 
     Args:
         w: float32 (..., rows, columns).

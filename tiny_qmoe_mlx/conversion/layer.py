@@ -195,7 +195,7 @@ def _calibrated(turn: _Turn) -> Finished:
     missing = None
     if job.settings.drift and reference.linear and compressed.linear:
         missing = after.reshape(len(compressed.x), -1) - compressed.base - if_original
-    tokens = _learned_from(compressed, missing, job.counted)
+    tokens = _learned_from(compressed, missing, job.counted, job.spec.codec == QMOE)
     tokens.corrected = job.settings.drift
     del if_original, outputs, missing
     sums = Sums(compressed, width)
@@ -204,15 +204,23 @@ def _calibrated(turn: _Turn) -> Finished:
     return written, {"reference": after, "compressed": carried}
 
 
-def _learned_from(routed: layerwise.Routed, missing: np.ndarray | None, counted: np.ndarray | None) -> LayerTokens:
-    """The tokens that a layer's experts are quantized for: those that reach one, and of these the counted ones."""
-    kept = routed.counts.any(1)
-    if counted is not None:
+def _learned_from(
+    routed: layerwise.Routed, missing: np.ndarray | None, counted: np.ndarray | None, by_expert: bool
+) -> LayerTokens:
+    """The tokens that a layer's experts are quantized for: those that reach one, and of these the counted ones.
+
+    Args:
+        by_expert: keep the others, and say which are counted: they take room among an expert's first tokens.
+    """
+    kept, later = routed.counts.any(1), None
+    if counted is not None and by_expert:
+        later = counted.reshape(-1)[kept]
+    elif counted is not None:
         kept &= counted.reshape(-1)
     if kept.all():
-        return LayerTokens(routed.x, routed.chosen, routed.weight, missing)
+        return LayerTokens(routed.x, routed.chosen, routed.weight, missing, counted=later)
     missing = None if missing is None else missing[kept]
-    return LayerTokens(routed.x[kept], routed.chosen[kept], routed.weight[kept], missing)
+    return LayerTokens(routed.x[kept], routed.chosen[kept], routed.weight[kept], missing, counted=later)
 
 
 def _counted(job: Job, records: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from tiny_qmoe_mlx.conversion.sensitivity import sensitivities
 from tiny_qmoe_mlx.conversion.settings import MAX_BITS, Settings
 from tiny_qmoe_mlx.errors import BudgetError
 from tiny_qmoe_mlx.expert_kind import expert_kind
-from tiny_qmoe_mlx.hub.client import Located
+from tiny_qmoe_mlx.hub.client import Located, original_name
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.spec import AFFINE, CODEC, FORMAT_VERSION, QMOE, LayerSpec, ModelSpec, bits_per_weight
 
@@ -95,7 +95,7 @@ def _model_spec(
         length=settings.length if trellis else 0,
         seed=settings.seed if trellis else 0,
         layers=tuple(specs),
-        source={"model": name, "revision": located.revision},
+        source={"model": original_name(name), "revision": located.revision},
         calibration={
             "source": Path(settings.calibration).name if settings.codec != AFFINE else "none",
             "tokens": 0 if tokens is None else int(tokens.size),

@@ -55,7 +55,8 @@ def qmoe_records(found: checkpoint.ExpertLayer, kind: ExpertKind, tokens: LayerT
     """A layer's records, each as long as it needs, expert 0 first.
 
     The Hessian of gate and up is that of the expert's tokens, that of down of what the unrounded gate and up give for
-    them; both see four times as many tokens as experts have on average at most.
+    them; both see four times as many tokens as experts have on average at most. As published, an expert's first tokens
+    are cut there, and sentinels among them left out afterwards.
 
     Args:
         tokens: None for no calibration: rounding to nearest.
@@ -73,8 +74,14 @@ def qmoe_records(found: checkpoint.ExpertLayer, kind: ExpertKind, tokens: LayerT
             weights, biases = checkpoint.expert_weights(found, part)
             experts = [_Expert([w[i] for w in weights], biases and [b[i] for b in biases]) for i in range(len(part))]
             for e, expert in zip(part, experts, strict=True):
-                expert.see(None if tokens is None else tokens.x[tokens.of_expert(e)[0][:most]], kind)
+                expert.see(None if tokens is None else _seen(tokens, e, most), kind)
             yield from _coded(experts, kind)
+
+
+def _seen(tokens: LayerTokens, expert: int, most: int) -> np.ndarray:
+    """The tokens that an expert's Hessians see, float32 (tokens, d)."""
+    first = tokens.of_expert(expert)[0][:most]
+    return tokens.x[first if tokens.counted is None else first[tokens.counted[first]]]
 
 
 class _Expert:

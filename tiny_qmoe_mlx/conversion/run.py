@@ -165,6 +165,7 @@ def _write(
             rest.write_words(located.directory, config, job.spec, settings.rest_bits, directory)
             sizes = len({layer.record_bytes for layer in job.spec.layers})  # 1 where layers could not differ
             made = {k: v for k, v in asdict(settings).items() if k not in coded.ONLY} | {"record_sizes": sizes}
+            made["calibration"] = Path(settings.calibration).name  # what is published names no directories
             report.write_report(directory, located.directory, {"layers": job.facts}, made, output.name)
             write_manifest(directory)
             if uploader:
@@ -223,7 +224,7 @@ def is_whole(directory: Path, name: str) -> bool:
     """Whether a directory is a converted model of this original already."""
     if not (directory / MANIFEST).is_file():
         return False
-    return open_model(directory).spec.source["model"] == name
+    return open_model(directory).spec.source["model"] == hub.original_name(name)
 
 
 def _open(wanted: Wanted) -> tuple[hub.Located, SourceShards | None]:

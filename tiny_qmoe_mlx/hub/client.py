@@ -19,6 +19,7 @@ from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_PATH = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")  # of the hub's cache
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WORDS = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.jsonl"]  # all that is used but weights
 WORDS += ["README.md", "tiny_qmoe_*"]  # a converted model's manifest may list these
@@ -229,3 +230,11 @@ def patiently(ask: Callable[[], T], waits: tuple[float, ...] | None = None) -> T
                 raise
             time.sleep(wait)
     return ask()
+
+
+def original_name(given: str) -> str:
+    """The hub id of what a conversion was given, or the last part of a path: what is published names no directories."""
+    hub = HUB_PATH.search(given)
+    if hub:
+        return f"{hub[1]}/{hub[2]}"
+    return given if HUB_ID.fullmatch(given) and not Path(given).exists() else Path(given).name

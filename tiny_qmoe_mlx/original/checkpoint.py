@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tiny_qmoe_mlx import config_file, model_file, plain_files, safetensors_header
+from tiny_qmoe_mlx import allocator, config_file, model_file, plain_files, safetensors_header
 from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.hub import client as hub
@@ -117,6 +117,7 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
     except Exception as error:  # a config that contradicts itself or the tensors trips mlx-lm in many ways
         raise FormatError(f"[model] mlx-lm cannot load {directory} {_why(config, error)}") from error
     model.source = Source(directory, build)
+    allocator.forget_draws()
     return model, config
 
 

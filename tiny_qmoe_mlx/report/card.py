@@ -3,7 +3,6 @@
 Owns the text between two marks; what stands before and after them is the owner's and is kept.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tiny_qmoe_mlx import budget, footprint
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.hub.client import original_name
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.spec import LOSSLESS, bits_per_weight
 
@@ -19,8 +19,6 @@ CARD = "README.md"
 MAC_GIB = (8, 16, 24, 32, 48, 64, 96, 128)
 MOST_CARD = 1 << 24  # bytes of an original's card that are read
 KEPT = ("license", "license_name", "license_link", "language")  # of the original's front matter
-HUB_PATH = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def card_text(
@@ -79,14 +77,6 @@ def front_matter(source: Path | None, name: str, encoder_decoder: bool = False) 
     if "base_model" in out:
         out["base_model_relation"] = "quantized"
     return {**out, "tags": ["mlx", "tiny-qmoe-mlx", "moe", "mixture-of-experts"]}
-
-
-def original_name(given: str) -> str:
-    """The hub id of what a conversion was given, or the last part of a path: a card names no directories."""
-    hub = HUB_PATH.search(given)
-    if hub:
-        return f"{hub[1]}/{hub[2]}"
-    return given if HUB_ID.fullmatch(given) and not Path(given).exists() else Path(given).name
 
 
 def _metadata(card: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def save_profile(path: str | Path, container: Container, use: Sequence[np.ndarra
         decisions += before // 2
     rows = [np.clip(row, 0, MAX_COUNT).tolist() for row in counts]
     found = {KEY: VERSION, "model": identity(container), "use": rows, "decisions": min(int(decisions), MAX_COUNT)}
-    with atomic_file(Path(path)) as file:
+    with atomic_file(Path(os.path.realpath(path))) as file:  # through links, as the person who names it means
         file.write((json.dumps(found, separators=(",", ":")) + "\n").encode())
 
 
