@@ -35,7 +35,9 @@ QUICK = [  # one or two of a kind; `python -m abuse.hostile_models` and the slow
             "model_file", "of its own", "tokenizer.pkl", "a pickle", "type /tmp", "links out", "to /etc", "a pipe",
             "a folder", "socket", "device", "'../", "does not list", "layers 1000000000", "experts 2147483648",
             "10,000 deep", "200 deep", "1 GB", "header of 9223", "overlapping", "overflows", "unknown type",
-            "globals of", "reaches in", "without end", "other text", "itself", "index that",
+            "globals of", "reaches in", "without end", "other text", "itself", "index that", "two files",
+            "500,000 tensors", "cuts of no", "is not there", "another class", "text_config x", "rope_theta x",
+            "model_type of", "rope_scaling", "with holes", "surrogate", "escapes in",
         )
     )
 ]  # fmt: skip
@@ -278,6 +280,63 @@ def test_headers_of_the_library_are_taken(tmp_path):
     arrays = {f"{kind}-{shape}": np.zeros(shape, kind) for kind in types for shape in ((), (3,), (0, 2), (2, 3, 4))}
     save_file(arrays, tmp_path / "a.safetensors", {"format": "pt"})
     assert safetensors_header.check(tmp_path / "a.safetensors") == len(arrays)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_tensor_stands_in_one_file(tmp_path, index):
+    """Shards, of which an index tells or not; a stale one beside them has to go, whichever of the two it is."""
+    from safetensors.numpy import save_file
+
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    parts = {"model-00001-of-00002": {"a": np.ones(3)}, "model-00002-of-00002": {"b": np.ones(3)}}
+    for name, part in parts.items():
+        save_file(part, tmp_path / f"{name}.safetensors")
+    if index:
+        listed = {tensor: f"{name}.safetensors" for name, part in parts.items() for tensor in part}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    assert checkpoint.read_original(tmp_path) == {"model_type": "x"}
+    save_file({"c": np.ones(1), "b": np.zeros(3)}, tmp_path / "model-old.safetensors")
+    with pytest.raises(FormatError, match=r"b should stand in one file, .*/model-00002-of-00002.* has it too") as error:
+        checkpoint.read_original(tmp_path)
+    assert "model-old.safetensors" in one_sentence(error.value)
+
+
+def test_a_tensor_with_the_name_of_an_expert_layers_records(noise):
+    """mlx-lm would leave it out, or the records: a converted model's own names are taken too."""
+    from safetensors.numpy import save_file
+
+    name = next(iter(container.file_tensors(container.open_model(noise).spec.layers[0])))
+    save_file({name: np.ones(3)}, noise / "model-rest-00009.safetensors")
+    hostile_cases.forge(noise)
+    with pytest.raises(FormatError, match="should stand in one file, model-experts-.* has it too") as error:
+        container.open_model(noise)
+    one_sentence(error.value)
+
+
+def test_headers_are_bounded_together(tmp_path, monkeypatch):
+    hostile_cases.tiny(90, 3)(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    sizes = [file.stat().st_size for file in files]
+    for name, most, message in (("TENSORS", 60, "at most 60 tensors"), ("HEADERS", sum(sizes) - 9, "bytes in all")):
+        with monkeypatch.context() as bounds:
+            bounds.setattr(safetensors_header, f"MOST_{name}", most)
+            together = safetensors_header.Together()
+            assert len(together.add(files[0])) == len(together.add(files[1])) == 30
+            with pytest.raises(FormatError, match=message) as error:
+                together.add(files[2])
+            one_sentence(error.value)
+
+
+def test_a_header_is_read_once_to_open_a_model(noise, monkeypatch):
+    """A plan asks for the tensors' sizes many times."""
+    from tiny_qmoe_mlx import footprint
+
+    read, seen = safetensors_header.read, []
+    monkeypatch.setattr(safetensors_header, "read", lambda file, where: seen.append(file) or read(file, where))
+    opened = container.open_model(noise)
+    footprint.weight_bytes(opened, True)
+    footprint.matrices(opened)
+    assert len(seen) == len(set(seen)) > 0
 
 
 # ---- templates that do not end

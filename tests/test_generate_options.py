@@ -304,7 +304,7 @@ REFUSED = [
     (f"{RUN} --system-prompt s --prompt-cache-file f", "--system-prompt and --prompt-cache-file exclude each other"),
     (f"{RUN} --chat-template-config nonsense", "--chat-template-config should be JSON and is not"),
     (f"{RUN} --chat-template-config '[1]'", "--chat-template-config should be a JSON object without .*, received"),
-    (f"{RUN} --chat-template-config '{{\"tokenize\": true}}'", "a JSON object without conversation, tokenize"),
+    (f"{RUN} --chat-template-config '{{\"tokenize\": true}}'", "object without conversation, messages, tokenize"),
     (f"{RUN} --extra-eos-token nonsense", "--extra-eos-token should be a token of the model or its number, nonsense"),
     (f"{RUN} --extra-eos-token 258", "--extra-eos-token should be a token of the model or its number, 258 is not"),
     (f"{RUN} --extra-eos-token", "--extra-eos-token: expected at least one argument"),

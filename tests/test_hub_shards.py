@@ -140,6 +140,11 @@ def test_what_passes_is_tried_again(hub, script, repository):
         ("corrupt", r"model-00001-of-00004.safetensors arrived damaged: its hash is not the hub's; run again"),
         ("header", r"model-00002-of-00004.safetensors should be a safetensors file, its header is damaged"),
         slow("none", r"org/name should hold model\*.safetensors on the hub and does not"),
+        (
+            "twice",
+            r"\[model-00004-of-00004.safetensors\] model.embed.w should stand in one file, "
+            "model-00001-of-00004.safetensors has it too",
+        ),
         slow("tensor", r"\[org/name\] should hold the tensor model.other, no shard does"),
         slow("notes", r"tiny_qmoe_shards.json\] is damaged; remove source and begin anew"),
         ("disk", r"needs \d+ bytes on its disk, 10 are free"),
@@ -154,6 +159,9 @@ def test_bad_sources(hub, script, repository, damage, message, tmp_path):
     elif damage == "none":
         for file in repository.glob("model-*"):
             file.unlink()
+    elif damage == "twice":
+        file = repository / "model-00004-of-00004.safetensors"
+        save_file(load_file(file) | {"model.embed.w": np.zeros(64, np.float32)}, file)
     elif damage == "notes":
         (tmp_path / "source").mkdir()
         (tmp_path / "source" / "tiny_qmoe_shards.json").write_text("{}")

@@ -188,6 +188,30 @@ def test_any_json_object(client):
     assert answer.choices[0].message.content.startswith("{")
 
 
+def strict(answer) -> dict:
+    """JSON as it is defined: without NaN and infinity, which Python's own writes and reads."""
+
+    def refuse(text: str):
+        raise AssertionError(text)
+
+    return json.loads(answer.read(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("alone_too", [{}, {"seed": 1}], ids=["in a batch", "alone"])
+def test_tokens_that_a_schema_rules_out_have_a_logarithm_too(live, alone_too):
+    pytest.importorskip("llguidance")
+    form = {"response_format": {"type": "json_object"}, "logprobs": True, "top_logprobs": 5, **alone_too}
+    found = strict(live.open(CHAT, {"messages": chat("How is it?"), "max_tokens": 3, **form}))
+    first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    assert sorted((top["logprob"] for top in first), reverse=True) == [0, *[-9999] * 4], "an object begins in one way"
+
+
+def test_no_penalty_is_a_penalty_of_0(live, alone):
+    body = {"prompt": PROMPTS[3], "max_tokens": TOKENS, "logprobs": True}
+    assert strict(live.open(TEXT, {**body, "repetition_penalty": 0}))["choices"][0]["text"] == alone(PROMPTS[3])
+    strict(live.open(TEXT, {**body, "repetition_penalty": 0.01}))
+
+
 @pytest.mark.slow
 def test_a_draft_model_changes_nothing_but_speed(served, alone):
     """Requests are then served in turn."""

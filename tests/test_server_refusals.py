@@ -33,7 +33,7 @@ BODIES = {
     "nothing": (TEXT, b"", 400, "JSON"),
     "no UTF-8": (TEXT, b'{"prompt": "\xff\xfe"}', 400, "JSON"),
     "a list": (TEXT, [OK], 400, "object"),
-    "nested too deeply": (TEXT, b"[" * 200_000, 400, "JSON"),
+    "nested too deeply": (TEXT, b"[" * 100_000, 400, "JSON"),
     "no number": (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN"),
     "an endless number": (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "1e999"),
     "another model": (TEXT, {**OK, "model": "gpt-4"}, 404, "model should be"),
@@ -51,6 +51,13 @@ BODIES = {
     "half a token": (TEXT, {**OK, "max_tokens": 1.5}, 400, "max_tokens"),
     "temperature below 0": (TEXT, {**OK, "temperature": -1}, 400, "temperature"),
     "top_p above 1": (TEXT, {**OK, "top_p": 2}, 400, "top_p"),
+    "xtc_threshold above a half": (
+        TEXT,
+        {**OK, "xtc_threshold": 0.6},
+        400,
+        "xtc_threshold should be a number in 0 to 0.5",
+    ),
+    "a penalty of hardly anything": (TEXT, {**OK, "repetition_penalty": 1e-320}, 400, "a number in 0.01 to 100"),
     "top_k of all tokens": (TEXT, {**OK, "top_k": 100_000}, 400, "top_k"),
     "a negative seed": (TEXT, {**OK, "seed": -3}, 400, "seed"),
     "a bias for no token": (TEXT, {**OK, "logit_bias": {"999999": 1}}, 400, "logit_bias"),
@@ -245,30 +252,6 @@ def test_tools_for_a_model_without_any_are_refused(converted):
 # ---- who may call
 
 
-CALLERS = {
-    "a name pointed at this machine": ({"Host": "evil.example"}, 403),
-    "a page of another site": ({"Origin": "https://evil.example"}, 403),
-    "a page from a file": ({"Origin": "null"}, 403),
-    "a page of this machine": ({"Origin": "http://localhost:3000"}, 200),
-    "this machine by name": ({"Host": "localhost:80"}, 200),
-}
-
-
-@pytest.mark.parametrize("what", CALLERS)
-def test_who_may_call(live, what):
-    headers, status = CALLERS[what]
-    answer = live.open("/v1/models", **headers)
-    answer.read()
-    assert answer.status == status
-    assert answer.getheader("Access-Control-Allow-Origin") == (headers.get("Origin") if status == 200 else None)
-
-
-def test_a_browser_may_ask_first(live):
-    answer = live.open(CHAT, method="OPTIONS", Origin="http://localhost:3000")
-    answer.read()
-    assert answer.status == 204 and "POST" in answer.getheader("Access-Control-Allow-Methods")
-
-
 def test_what_people_ask_is_not_logged(live):
     for path, body in ((TEXT, {**OK, "prompt": "mother-of-pearl"}), (TEXT, b'{"mother-of-pearl": ')):
         live.open(path, body).read()
@@ -315,6 +298,7 @@ def test_a_port_in_use_is_found_before_the_model_is(here, live):
 REFUSED = {
     "no such host": (("--host", "no.such.host.invalid"), "--host"),
     "a port that is none": (("--port", "70000"), "--port should lie in 0 to 65535"),
+    "a host that is more than a name": (("--allowed-host", "http://box.example"), "--allowed-host should be a name"),
     "no queue": (("--queue", "0"), "--queue"),
     "a budget that cannot be read": (("--memory", "lots"), r"\[memory\]"),
     "too small a budget": (("--memory", "50MB"), "too small to serve this model"),

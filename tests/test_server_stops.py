@@ -1,26 +1,31 @@
 """What ends early: clients that leave, requests past the queue, a server that is stopped, generation that fails."""
 
+import ctypes
 import errno
 import json
 import os
+import platform
 import select
 import shutil
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from mlx_lm import server as mlx_server
 from server_process import HEAD, TEXT, TOKENS, Server, events, least, serving
 
 from tiny_qmoe_mlx import container
 from tiny_qmoe_mlx import server as command
+from tiny_qmoe_mlx.serving import checks, handler, sockets, wire
 from tiny_qmoe_mlx.serving import options as serving_options
-from tiny_qmoe_mlx.serving import sockets, wire
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
 PROMPT, OK = "the river stone", {"prompt": "hello", "max_tokens": 2}
@@ -28,14 +33,19 @@ PROMPT, OK = "the river stone", {"prompt": "hello", "max_tokens": 2}
 # ---- clients that leave
 
 
-def gone_in_the_middle(live: Server, stream: bool) -> None:
+def gone_in_the_middle(live: Server, stream: bool, more: bytes | None = None) -> None:
+    """With a reset, as a client that is killed; or politely, after bytes that nobody asked for."""
     before = live.metrics()
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         body = json.dumps({"prompt": "the river", "max_tokens": 900, "stream": stream}).encode()
         connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         live.wait(lambda m: m["tiny_qmoe_generated_tokens_total"] > before["tiny_qmoe_generated_tokens_total"] + 3)
-        # closed with a reset, as a client that is killed
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if more is None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            connection.sendall(more)
+            connection.shutdown(socket.SHUT_WR)
+            live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
     after = live.wait(lambda m: m["tiny_qmoe_requests_active"] == 0 and m["tiny_qmoe_kv_tokens"] == 0)
     assert after["tiny_qmoe_clients_gone_total"] == before["tiny_qmoe_clients_gone_total"] + 1
     written = after["tiny_qmoe_generated_tokens_total"] - before["tiny_qmoe_generated_tokens_total"]
@@ -46,6 +56,18 @@ def gone_in_the_middle(live: Server, stream: bool) -> None:
 def test_a_client_that_leaves_frees_its_slot(live, alone, stream):
     gone_in_the_middle(live, stream)
     assert live.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", HEAD * 1000], ids=["nothing", "a line", "another request's head"])
+def test_a_client_that_sends_more_and_leaves_has_gone(live, more):
+    gone_in_the_middle(live, False, more)
+
+
+def test_a_client_that_sends_more_and_stays_is_answered(live, alone):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": TOKENS}).encode()
+    head = HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode()
+    answer = live.raw(head + body + b"\r\n")
+    assert json.loads(answer[answer.index(b"{") :])["choices"][0]["text"] == alone(PROMPT)
 
 
 def test_a_client_of_openai_that_closes_its_stream(live, client):
@@ -144,6 +166,59 @@ def test_a_request_that_dribbles_in_is_ended(served, monkeypatch):
         assert here.get("/health") == {"status": "ok"}
 
 
+SLOW = HEAD + b"Content-Length: 300000\r\n\r\n{"
+
+
+@contextmanager
+def slow_clients(here: Server) -> Iterator[list[bytes]]:
+    """As many as large bodies are read at once, none of which ever comes; what they are told, in the end."""
+    with ThreadPoolExecutor(2) as pool:
+        told: list[bytes] = []
+        asked = [pool.submit(dribbled, here, SLOW) for _ in range(2)]
+        time.sleep(0.5)  # they have their turn
+        yield told
+        told += [one.result() for one in asked]
+
+
+def test_slow_clients_do_not_hold_up_large_requests(served, monkeypatch):
+    """Nor does the time that another waits for its turn count as its own."""
+    monkeypatch.setattr(wire, "BODY_S", 3.0)
+    monkeypatch.setattr(wire, "LARGE_S", 2.0)
+    with serving_here(served, "--context", 512) as here:
+        with slow_clients(here) as told:
+            status, error = here.refused(TEXT, {"prompt": "x" * 300_000})
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert all(b" 408 " in answer and b"bytes a second" in answer for answer in told)
+
+
+def test_a_large_request_whose_turn_does_not_come_is_told_so(served, monkeypatch):
+    monkeypatch.setattr(wire, "LARGE_S", 3.0)
+    monkeypatch.setattr(handler, "LARGE_WAIT_S", 0.1)
+    with serving_here(served, "--context", 512) as here:
+        with slow_clients(here):
+            answer = here.open(TEXT, {"prompt": "x" * 300_000})
+            assert answer.status == 503 and int(answer.getheader("Retry-After")) > 0
+            assert json.loads(answer.read())["error"]["code"] == "server_busy"
+            assert here.get(TEXT, OK)["usage"]["completion_tokens"] == 2, "a small one needs no turn"
+        assert here.refused(TEXT, {"prompt": "x" * 300_000})[0] == 400
+
+
+def test_a_large_body_has_the_more_time_the_more_of_it_has_come(monkeypatch):
+    near, far = socket.socketpair()
+    with near, far, wire.Received(near) as received:
+        monkeypatch.setattr(wire.time, "monotonic", lambda: now)
+        now = 100.0
+        received.allow(2, 100_000, rate=1000)
+        far.sendall(bytes(3000))
+        assert len(received.read(3000)) == 3000
+        now = 104.9  # 2 s, and one for each thousand
+        far.sendall(bytes(1))
+        assert received.read(1) == bytes(1)
+        now = 105.1
+        with pytest.raises(TimeoutError):
+            received.read(1)
+
+
 def test_more_connections_than_the_machine_can_hold_are_told_so(served, monkeypatch):
     """Also those that have sent their request already."""
     monkeypatch.setattr(sockets, "CONNECTIONS", 4)
@@ -189,6 +264,33 @@ def test_a_disk_that_fails_for_a_while_fails_one_answer(served, alone, monkeypat
         assert here.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
 
 
+@pytest.mark.parametrize("where", ["sampler", "processor"])
+def test_sampling_that_fails_ends_its_own_request_alone(served, alone, monkeypatch, where):
+    """Numbers that our checks let through and mlx-lm refuses, when both are in one batch."""
+    monkeypatch.setitem(checks.NUMBERS, "xtc_threshold", (float, 0, 1))
+
+    def fail(*inputs):
+        raise ValueError("no such bias")
+
+    if where == "processor":
+        monkeypatch.setattr(
+            mlx_server, "_make_logits_processors", lambda args: [fail] if args.logits.logit_bias else []
+        )
+    bad = {
+        "sampler": {"temperature": 1, "xtc_probability": 1, "xtc_threshold": 1},
+        "processor": {"logit_bias": {"5": 1}},
+    }
+    with serving_here(served, "--context", 4096) as here:  # of which there is enough for both at once
+        stream = events(here.open(TEXT, {"prompt": PROMPT, "max_tokens": 400, "stream": True}))
+        text = next(stream)["choices"][0]["text"]
+        status, error = here.refused(TEXT, {**OK, **bad[where]})
+        assert status == 500 and ("threshold" if where == "sampler" else "no such bias") in error["message"]
+        assert text + "".join(e["choices"][0]["text"] for e in stream if e != "[DONE]") == alone(PROMPT, 400)
+        here.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
+        assert here.refused(TEXT, {**OK, **bad[where], "seed": 1})[0] == 500, "alone"
+        assert here.get(TEXT, {"prompt": PROMPT, "max_tokens": TOKENS})["choices"][0]["text"] == alone(PROMPT)
+
+
 @pytest.mark.slow
 def test_files_that_change_under_a_server_are_told(served, tmp_path):
     model = Path(shutil.copytree(served, tmp_path / "model"))
@@ -218,6 +320,19 @@ def test_a_stop_lets_answers_end(served, interruptible, alone, number):
         with pytest.raises(ConnectionError):
             running.open("/health")
     assert running.errors == []
+
+
+SYS_TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or SYS_TGKILL is None, reason="Linux's call for a signal to one thread")
+def test_a_signal_that_another_thread_gets_stops_it_too(served):
+    """Python runs its handler in the main thread alone, which such a signal does not wake."""
+    with serving(served, "--context", 512) as running:
+        pid = running.child.pid
+        others = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if int(task.name) != pid]
+        assert ctypes.CDLL(None).syscall(SYS_TGKILL, pid, others[0], signal.SIGTERM) == 0
+        assert running.child.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

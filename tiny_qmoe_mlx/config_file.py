@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import plain_files
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.spec import CONFIG, MAX_EXPERTS, MAX_LAYERS
 
 MAX_JSON = 1 << 26  # bytes
@@ -42,16 +42,23 @@ def read(file: Path, where: str) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any], where: str = CONFIG) -> None:
-    """Refuse counts and sizes that no model has, wherever in the config they stand; `tiny_qmoe` has its own checks.
+    """Refuse counts and sizes that no model has, wherever in the config they stand, and a `text_config` that is no
+    object; `tiny_qmoe` has its own checks.
 
     Raises:
-        FormatError: with the key and the number.
+        FormatError: with the key and what was received.
     """
+    text = config.get("text_config")
+    if text is not None and type(text) is not dict:
+        raise FormatError(
+            f"[{where}] text_config should be a JSON object or absent, received {shown(text)}; copy or download it "
+            "again."
+        )
     for key, value in _numbers(config, where):
         most = _most(key)
         if most is not None and value > most:
-            shown = repr(value) if value < 1 << 64 else "a larger one"
-            raise FormatError(f"[{where}] {key[:80]} should be a number of at most {most}, received {shown}.")
+            given = repr(value) if value < 1 << 64 else "a larger one"
+            raise FormatError(f"[{where}] {shown(key)} should be a number of at most {most}, received {given}.")
 
 
 def _most(key: str) -> int | None:

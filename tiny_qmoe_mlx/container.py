@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,20 @@ class Container:
     files: dict[str, dict[str, Any]]  # the manifest's
     states: plain_files.State = field(default_factory=dict)  # of the files before they were checked
 
+    @cached_property
+    def tensors(self) -> dict[str, tuple[str, list[int]]]:
+        """dtype and shape of every non-expert tensor, from the headers, which are checked as they are read.
+
+        Raises:
+            FormatError: a header is damaged, or two files hold a tensor of the same name.
+        """
+        found, experts = safetensors_header.Together(), {layer.file for layer in self.spec.layers}
+        claim_experts(found, self.spec)
+        for name in self.files:
+            if name.endswith(".safetensors") and name not in experts:
+                found.add(self.directory / name)
+        return found.sizes
+
     def expert_file(self, layer_index: int) -> Path:
         """Path of a layer's experts file."""
         return self.directory / self.spec.layers[layer_index].file
@@ -220,12 +235,24 @@ def open_model(path: str | Path, hash_files: bool = False) -> Container:
         check_size(directory, name, entry)
         if name in layers:
             check_experts_header(directory, layers[name], spec.alignment, entry)
-        elif name.endswith(".safetensors"):
-            safetensors_header.check(directory / name)
-        if hash_files:
+    container = Container(directory, config, spec, files, states)
+    _ = container.tensors  # which checks the headers
+    for name, entry in files.items():
+        if hash_files and not name.endswith(LOOSE):
             check_hash(directory, name, entry, layers.get(name))
     model_file.check(directory, config, files)
-    return Container(directory, config, spec, files, states)
+    return container
+
+
+def claim_experts(found: safetensors_header.Together, spec: ModelSpec) -> None:
+    """Note the names in a model's experts files; the headers themselves are compared with the config.
+
+    Raises:
+        FormatError: another file has one of them too.
+    """
+    for layer in spec.layers:
+        for name in file_tensors(layer):
+            found.claim(name, layer.file)
 
 
 def sizes(directory: str | Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.disk_reads import read_header
 from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.spec import LayerSpec
@@ -88,12 +87,7 @@ def picks(container: Container) -> int:
 
 def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of every non-expert tensor, from the headers."""
-    sizes = {}
-    experts = {layer.file for layer in container.spec.layers}
-    for file in (container.directory / n for n in container.files if n.endswith(".safetensors") and n not in experts):
-        tensors, _ = read_header(file)
-        sizes.update({name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()})
-    return sizes
+    return container.tensors
 
 
 def weight_bytes(container: Container, cpu: bool) -> int:

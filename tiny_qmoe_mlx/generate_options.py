@@ -42,7 +42,7 @@ EXCLUDE = (
     ("draft_model", "prompt_cache_file"),  # which holds nothing for the draft model
     ("system_prompt", "prompt_cache_file"),  # it would come before what the cache holds
 )
-TEMPLATE_OWN = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")  # what we say ourselves
+TEMPLATE_OWN = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message")  # said by us
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import RecordExperts, use_cpu_kernels
+from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import adapted, checkpoint, dense
 from tiny_qmoe_mlx.runtime import Runtime, Streaming
@@ -49,11 +51,14 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
                 # what is no parameter (a rope's frequencies) is lazy, and could be computed in this thread alone
                 own = [a for m in self.modules() for k, a in m.items() if k[0] == "_" and isinstance(a, mx.array)]
                 mx.eval(own)
+                self.works = False
 
             @wraps(base.__call__)  # mlx-lm reads its signature
             def __call__(self, *inputs: Any, **options: Any) -> mx.array:
-                with self.door.call():
-                    return super().__call__(*inputs, **options)
+                with self.door.call(), nullcontext() if self.works else computing(self.model_type):
+                    found = super().__call__(*inputs, **options)
+                self.works = True  # whatever is raised later is not the config's
+                return found
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 # names and values are the module's own already: mlx-lm's sanitize would change some again

@@ -2,11 +2,12 @@
 
 Format: u64 length (little endian), that many bytes of JSON, data. The rules are those of the format's own reader: every
 tensor has a known type, its bytes are its shape times its type's, and tensors follow one another without holes up to
-the file's end.
+the file's end. Files that are loaded together hold each tensor once: of two the last would win, whichever that is.
 """
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tiny_qmoe_mlx.disk_errors import named
 from tiny_qmoe_mlx.errors import FormatError, shown
 
 MOST_HEADER = 1 << 25  # bytes; a checkpoint of 90,000 tensors in one file has 12 MB, the hub itself reads 25 MB
-MOST_TENSORS = 1 << 20
+MOST_VALUES = 1 << 20  # of a header, by its commas; a tensor has four to seven
+MOST_TENSORS = 1 << 18  # of all files together: 60 layers of 384 experts, each of 3 matrices of 3 tensors, have 207,360
+MOST_HEADERS = 1 << 26  # bytes of all files together: those have 35 MB
 MOST_SIDE = (1 << 31) - 1  # of a shape: MLX counts in int32
 MOST_DIMENSIONS = 16
 BITS = {  # of a type
@@ -26,6 +29,61 @@ BITS = {  # of a type
 AGAIN = "download or copy the file again"
 
 
+@dataclass
+class Together:
+    """What the files of a directory that are loaded together hold.
+
+    Attributes:
+        sizes: dtype and shape of each tensor.
+        places: the file that each name stands in, as errors name it.
+        header_bytes: of all files.
+    """
+
+    sizes: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    header_bytes: int = 0
+
+    def add(self, file: Path, where: str | None = None) -> list[str]:
+        """Check one more file; the names of its tensors. Errors name `where`, or the file.
+
+        Raises:
+            FormatError: a library should not see its header, another file has one of its tensors, or all together are
+                too many; with the names and both numbers.
+            OSError: it cannot be read.
+        """
+        where = where or file.name
+        header, data = read(file, where)
+        check_tensors(header, data, where)
+        self.header_bytes += file.stat().st_size - data
+        if self.header_bytes > MOST_HEADERS:
+            raise FormatError(
+                f"[{where}] headers should have at most {MOST_HEADERS} bytes in all files together, with this file's "
+                f"they have {self.header_bytes}; {AGAIN}."
+            )
+        names = [name for name in header if name != "__metadata__"]
+        for name in names:
+            self.claim(name, where)
+            self.sizes[name] = header[name]["dtype"], header[name]["shape"]
+        return names
+
+    def claim(self, name: str, where: str) -> None:
+        """Note that a file holds a tensor of this name.
+
+        Raises:
+            FormatError: another does too, with both files' names; or there are too many.
+        """
+        other = self.places.setdefault(name, where)
+        if other != where:
+            raise FormatError(
+                f"[{where}] {shown(name)} should stand in one file, {other} has it too; remove the one that is not of "
+                "this model (an index file lists those that are), or download or copy the model again."
+            )
+        if len(self.places) > MOST_TENSORS:
+            raise FormatError(
+                f"[{where}] should hold at most {MOST_TENSORS} tensors with the other files, they hold more; {AGAIN}."
+            )
+
+
 def check(file: Path, where: str | None = None) -> int:
     """Refuse a file whose header a library should not see; the number of its tensors. Errors name `where`, or the file.
 
@@ -33,8 +91,7 @@ def check(file: Path, where: str | None = None) -> int:
         FormatError: with the file's name, the tensor's and both numbers.
         OSError: it cannot be read.
     """
-    where = where or file.name
-    return check_tensors(*read(file, where), where)
+    return len(Together().add(file, where))
 
 
 def read(file: Path, where: str) -> tuple[dict[str, Any], int]:
@@ -60,15 +117,19 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON of a header, in which no name stands twice.
 
     Raises:
-        FormatError: it is none.
+        FormatError: it is none, or has more values than a model has: they are counted before they take memory.
     """
+    if raw.count(b",") > MOST_VALUES:
+        raise FormatError(
+            f"[{where}] its header should have at most {MOST_VALUES} values, it has {raw.count(b',')}; {AGAIN}."
+        )
     try:
         found = json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         raise FormatError(f"[{where}] its header should be JSON and is not: {reason}; {AGAIN}.") from None
-    if type(found) is not dict or len(found) > MOST_TENSORS:
-        raise FormatError(f"[{where}] its header should be an object of at most {MOST_TENSORS} tensors; {AGAIN}.")
+    if type(found) is not dict:
+        raise FormatError(f"[{where}] its header should be an object, it is another value; {AGAIN}.")
     return found
 
 

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tiny_qmoe_mlx.serving.sockets import Server
 
 NEEDS = "0.32"
+POLL_S = 0.1  # seconds between two looks for a signal
 PARTS = (
     "APIHandler",
     "BatchGenerator",
@@ -29,6 +30,7 @@ PARTS = (
     "ModelProvider",
     "ResponseGenerator",
     "_make_logits_processors",
+    "_make_sampler",
     "make_text_state_machine",
 )
 
@@ -80,7 +82,7 @@ def _open(directory: Path, args: "argparse.Namespace") -> "tuple[Any, Generation
     """The model, and the thread that answers with it."""
     import mlx.core as mx
 
-    from tiny_qmoe_mlx import footprint, generate_options, generate_setup, masked_spans, models, terminal
+    from tiny_qmoe_mlx import chat_template, footprint, generate_options, generate_setup, masked_spans, models, terminal
     from tiny_qmoe_mlx.original import checkpoint
     from tiny_qmoe_mlx.serving import room
     from tiny_qmoe_mlx.serving.generation import Generation, Provider
@@ -88,6 +90,7 @@ def _open(directory: Path, args: "argparse.Namespace") -> "tuple[Any, Generation
     args.prefill_step_size = footprint.PREFILL_CHUNK
     config, cpu = checkpoint.read_config(directory), mx.default_device() == mx.cpu
     masked_spans.refuse(config, "the server")
+    chat_template.bound_arithmetic()
     tokenizer = models.open_tokenizer(directory)
     if args.chat_template:
         tokenizer.chat_template, tokenizer.has_chat_template = args.chat_template, True
@@ -130,7 +133,8 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
     terminal.check_stopped()  # before
     clients = answer(listening, generation)
     print(ready(args, listening.server_port), flush=True)
-    asked.get()
+    while not asked:
+        time.sleep(POLL_S)
     listening.shutdown()
     clients.join()
     listening.socket.close()  # nobody else connects
@@ -138,19 +142,19 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
         print(f"answers that took more than {args.grace:g} s were cut off", file=sys.stderr)
 
 
-def _stop_on_signals() -> "SimpleQueue[int]":
-    """The first signal asks to stop, by its number in the queue; a second ends at once.
+def _stop_on_signals() -> list[int]:
+    """The first signal asks to stop, by its number in the list; a second ends at once.
 
-    No Event: a handler that comes while this very thread holds the Event's lock would wait for it for ever.
+    Neither an Event nor a queue to wait at: a handler that comes while this very thread holds the Event's lock would
+    wait for it for ever; and the system may give a signal to another thread, which does not wake this one, and handlers
+    run in this one alone (a server under load never stopped).
     """
-    asked: SimpleQueue[int] = SimpleQueue()
-    seen: list[int] = []
+    asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        if seen:
+        if asked:
             raise KeyboardInterrupt
-        seen.append(number)
-        asked.put(number)
+        asked.append(number)
 
     signal.signal(signal.SIGTERM, ask)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not where a shell runs this in the background
@@ -160,7 +164,7 @@ def _stop_on_signals() -> "SimpleQueue[int]":
 
 def ready(args: "argparse.Namespace", port: int) -> str:
     """What is printed when the first request may come."""
-    from tiny_qmoe_mlx.serving.handler import is_local
+    from tiny_qmoe_mlx.serving.callers import is_local
 
     host = f"[{args.host}]" if ":" in args.host else args.host
     line = f"serving {args.model} at http://{host}:{port} (a page there; OpenAI's API under /v1; figures at /metrics)"

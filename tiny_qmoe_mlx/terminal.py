@@ -13,8 +13,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from tiny_qmoe_mlx.errors import shown
+from tiny_qmoe_mlx.library_errors import take_stderr
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+LONGEST = 4000  # characters of an error; a path may have most of them
 MANY = 1_000_000  # what a bar counts beyond are bytes: no model has so many experts or layers
 
 
@@ -102,7 +104,7 @@ def progress(
 
 
 def sentence(error: BaseException) -> str:
-    """An error as one line: its own text, with the file's name where only the system spoke."""
+    """An error as one line of printable characters: its own text, with the file's name where only the system spoke."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):
@@ -112,7 +114,7 @@ def sentence(error: BaseException) -> str:
         return f"[weights] MLX could not read a file ({' '.join(text.split())}); check the disk"
     if isinstance(error, OSError) and error.strerror:
         text = f"[{error.filename}] {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(text.split()) or type(error).__name__
+    return shown(" ".join(text.split()), LONGEST) or type(error).__name__
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -128,6 +130,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     global _stopped
     own = argv is None
     argv, _stopped = sys.argv[1:] if argv is None else argv, 0
+    take_stderr()
     signal.signal(signal.SIGTERM, _stop)
     # not where a shell runs this in the background; the system's own since the package was imported (__init__.py)
     if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):

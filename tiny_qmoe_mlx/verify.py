@@ -7,6 +7,7 @@ taken apart with the config's shapes. Goes on after a problem, so that one run n
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tiny_qmoe_mlx.container import (
     check_hash,
     check_names,
     check_size,
+    claim_experts,
     read_config,
     read_manifest,
     record_checksums,
@@ -58,12 +60,13 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
     """
     directory = Path(directory)
     files = read_manifest(directory)
-    spec, layers = None, {}
+    spec, layers, together = None, {}, safetensors_header.Together()
     try:
         config, spec = read_config(directory)
         layers = {layer.file: layer for layer in spec.layers}
         model_file.check_named(config, files)
         check_names(directory, files, layers)
+        claim_experts(together, spec)
         yield from _check_bits(spec)
     except FormatError as error:
         yield Problem(CONFIG, str(error))
@@ -73,15 +76,15 @@ def find_problems(directory: str | Path, advance: Callable[[int], object] = lamb
         elif name.endswith(LOOSE) and not (directory / name).exists():
             advance(entry["bytes"])
         elif "header_bytes" not in entry:  # an experts file that no readable config describes cannot be checked
-            checks = check_size, check_hash, model_file.check_text, _check_weights
+            checks = check_size, check_hash, model_file.check_text, partial(_check_weights, together)
             yield from _caught(name, *checks, args=(directory, name, entry))
             advance(entry["bytes"])
 
 
-def _check_weights(directory: Path, name: str, entry: object) -> None:
-    """The header of a file of other weights."""
+def _check_weights(together: safetensors_header.Together, directory: Path, name: str, entry: object) -> None:
+    """The header of a file of other weights, beside those before it."""
     if name.endswith(".safetensors"):
-        safetensors_header.check(directory / name)
+        together.add(directory / name)
 
 
 def _caught(name: str, *checks: Callable[..., None], args: tuple[Any, ...]) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ by numbers that a loader might take for true.
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -131,6 +132,8 @@ TEMPLATES = {
     "another file": "{% include '/etc/passwd' %}",
     "a change of the messages": "{{ messages.append({'role': 'user', 'content': 'MARK'}) }}",
     "a range without end": "{% for i in range(1000000000) %}x{% endfor %}",
+    "half of a surrogate pair": r"{{ '\ud800' }}",
+    "escapes in its refusal": "{{ raise_exception('\x1b]0;pwned\x07\\n\\nagain') }}",
     "no template": "{% for %}",
 }
 TAKEN: dict[str, bool | None] = {"classes": None}
@@ -267,6 +270,24 @@ def tensors(**entries: tuple[str, list[int], list[int]]) -> Callable[[Path], Non
     return header(json.dumps(words).encode())
 
 
+def again(name: str, copy: str) -> Callable[[Path], None]:
+    """A file of weights a second time, beside the first: a stale shard, a consolidated copy."""
+    return lambda directory: void(shutil.copyfile(directory / name, directory / copy))
+
+
+def tiny(count: int, files: int = 1) -> Callable[[Path], None]:
+    """Weights of so many empty tensors, in several files."""
+
+    def change(directory: Path) -> None:
+        for number in range(files):
+            names = range(number * count // files, (number + 1) * count // files)
+            words = {f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in names}
+            text = json.dumps(words, separators=(",", ":")).encode()
+            (directory / f"model-{7000 + number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+    return change
+
+
 def sparse(name: str, size: int) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -303,6 +324,12 @@ def size_cases() -> Iterator[tuple[str, Case]]:
         yield f"{base}: a side of 2^62", Case(base, tensors(a=("U8", [2**62, 4, 0], [0, 0])))
         yield f"{base}: a negative side", Case(base, tensors(a=("U8", [-1, -4], [0, 4])))
         yield f"{base}: offsets that run backwards", Case(base, tensors(a=("U8", [4], [4, 0])))
+        name = "model.safetensors" if base == ORIGINAL else "model-rest.safetensors"
+        yield f"{base}: weights that stand in two files", Case(base, again(name, "model-old.safetensors"))
+        yield f"{base}: a header of 500,000 tensors", Case(base, tiny(500_000))
+        yield f"{base}: 300,000 tensors in three files", Case(base, tiny(300_000, 3))
+        zeros = header(b'{"a":{"dtype":"U8","shape":[' + b"0," * (15 << 20) + b'0],"data_offsets":[0,0]}}')
+        yield f"{base}: a header of 30 MB of zeros", Case(base, zeros)
         yield f"{base}: data beyond the file", Case(base, tensors(a=("U8", [2**40], [0, 2**40])))
     for key, values in {
         "record_bytes": (0, -128, 2**31 + 128, 2**40, 1.5, True, "4096"),
@@ -314,9 +341,59 @@ def size_cases() -> Iterator[tuple[str, Case]]:
             yield f"converted: {key} {str(value)[:20]}", Case(CONVERTED, layer(**{key: value}))
 
 
+# ---- what libraries trip over
+
+POST = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+POST["single"] = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+PANICS = {  # of tokenizers, in Rust: no `Exception` in Python
+    "cuts of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a map of characters that leads out": {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}
+    },
+    "a map of characters that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "nothing replaced": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}},
+    "a special token that is not there": {"post_processor": POST},
+}
+
+
+def one_id(directory: Path) -> None:
+    """A vocabulary whose tokens all have the same number, so that it has holes."""
+    path = directory / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["model"]["vocab"] = dict.fromkeys(value["model"]["vocab"], 3)
+    path.write_text(json.dumps(value))
+
+
+def library_cases() -> Iterator[tuple[str, Case]]:
+    """Files that are read, and that a library trips over or quotes."""
+    plain = (*BYTES, "convert")  # no tokens without a calibration
+    for base in (ORIGINAL, CONVERTED):
+        for what, change in PANICS.items():
+            yield f"{base}: a tokenizer with {what}", Case(base, edit("tokenizer.json", **change), blind=plain)
+        other = edit("tokenizer_config.json", tokenizer_class="BertTokenizer")
+        yield f"{base}: a tokenizer of another class", Case(base, other, None)
+        for value in ("x", 5, [1], True):
+            yield f"{base}: text_config {value}", Case(base, edit("config.json", text_config=value))
+        for value in ("x", [1]):
+            yield (
+                f"{base}: rope_theta {value}",
+                Case(base, edit("config.json", rope_theta=value), blind=(*plain, "server")),
+            )
+        quoted = {"a": "a" * 100_000, "escapes": "\x1b]0;pwned\x07"}
+        for what, text in quoted.items():
+            yield f"{base}: a model_type of {what}", Case(base, edit("config.json", model_type=text), blind=BYTES)
+        yield (
+            f"{base}: an unknown rope_scaling",
+            Case(base, edit("config.json", rope_scaling={"rope_type": "evil"}), None),
+        )
+        yield f"{base}: eos_token_id -5", Case(base, edit("config.json", eos_token_id=-5), None)
+    holes = (*PROMPTS, "convert", "evaluate")
+    yield "converted: a vocabulary with holes", Case(CONVERTED, one_id, blind=holes)
+
+
 def cases() -> dict[str, Case]:
     """All of them."""
-    found = dict([*code_cases(), *path_cases(), *size_cases()])
+    found = dict([*code_cases(), *path_cases(), *size_cases(), *library_cases()])
     for what, text in TEMPLATES.items():
         found[f"{CONVERTED}: a template with {what}"] = Case(CONVERTED, template(text), TAKEN.get(what, False), PROMPTS)
     return found

@@ -11,11 +11,13 @@ import argparse
 import contextlib
 import importlib
 import io
+import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -74,7 +76,8 @@ class TookTooLong(BaseException):
 
 
 def run(command: str, argv: list[object]) -> Result:
-    """A command in this process, whose standard input says yes to everything."""
+    """A command in this process, whose standard input says yes to everything; what libraries write to the descriptor
+    of stderr is part of what it says."""
     out, err, given = io.StringIO(), io.StringIO(), io.StringIO("y\n" * 4)
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
     before, begun = start_peak(), time.monotonic()
@@ -82,8 +85,8 @@ def run(command: str, argv: list[object]) -> Result:
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(TIME_LIMIT_S)
     try:
-        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with printed[0], printed[1], mock.patch.object(server, "serve", over):
+        printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), descriptor(err)
+        with printed[0], printed[1], printed[2], mock.patch.object(server, "serve", over):
             module = importlib.import_module(f"tiny_qmoe_mlx.{command}")
             status = terminal.run(module.main, [str(a) for a in argv])
     except SystemExit as end:
@@ -94,6 +97,21 @@ def run(command: str, argv: list[object]) -> Result:
         for number, handler in handlers:
             signal.signal(number, handler)
     return Result(status, out.getvalue(), err.getvalue(), time.monotonic() - begun, peak() - before)
+
+
+@contextlib.contextmanager
+def descriptor(to: io.StringIO) -> Iterator[None]:
+    """What is written to file descriptor 2, past Python, is added in the end."""
+    with tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            held.seek(0)
+            to.write(held.read().decode(errors="replace"))
 
 
 def over(listening: Any, generation: Any, args: Any) -> None:
@@ -119,17 +137,21 @@ def peak() -> int:
 
 def problem(case: Case, command: str, result: Result) -> str:
     """What is wrong with how a command took a case, or nothing."""
-    lines = [line for line in result.err.splitlines() if line.strip()]
+    lines = [line for line in result.err.split("\n") if line]
+    if not all(line.isprintable() for line in lines):
+        return f"said what is not printable: {result.err[-400:]!r}"
     if result.growth > GROWTH:
         return f"took {result.growth >> 20} MB"
     if case.harmless or (case.harmless is None and result.status == 0):
+        if result.status == 0 and len(lines) > 1:  # beside the figures of a run
+            return f"said {result.err[-400:]!r}"
         return "" if result.status == 0 else f"was refused: {lines[-1:]}"
     if result.status == 0 and command in case.blind:
         return ""
     if result.status not in (terminal.FAILED, terminal.USAGE):
         return f"ended with {result.status}: {result.out[-200:]!r} {result.err[-200:]!r}"
-    errors = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))  # chat says it to each message
-    if len(errors) != 1 or "Traceback" in result.err or len(errors[0]) > 900:
+    errors = list(dict.fromkeys(lines))  # chat says it to each message
+    if len(errors) != 1 or not errors[0].startswith("error: ") or len(errors[0]) > 900:
         return f"said {result.err[-400:]!r}"
     return ""
 

@@ -162,8 +162,9 @@ def head(question: Question, size: int) -> bytes:
 
 
 def leaves_unanswered(port: int, question: Question, draw: random.Random) -> Reply:
+    """Some send a line more than their request first."""
     body = encoded(question)
-    with closing(sent(port, head(question, len(body)) + body)):
+    with closing(sent(port, head(question, len(body)) + body + draw.choice([b"", b"\r\n"]))):
         time.sleep(draw.uniform(0, 0.3))
     return Reply("leaves unanswered", left=True)
 
@@ -190,7 +191,11 @@ def never_asks(port: int, question: Question, draw: random.Random) -> Reply:
     return Reply("never asks", left=True)
 
 
-BAD = (b"{", b"[]", b'{"prompt": 1}', b'{"prompt": "x", "max_tokens": -1}', b"\xff\xfe", b'{"prompt": "x", "n": 9}')
+BAD = (
+    *(b"{", b"[]", b'{"prompt": 1}', b'{"prompt": "x", "max_tokens": -1}', b"\xff\xfe", b'{"prompt": "x", "n": 9}'),
+    b'{"prompt": "x", "temperature": 1, "xtc_probability": 1, "xtc_threshold": 1}',  # ended all answers under way once
+    b'{"prompt": "x", "repetition_penalty": 1e-320}',
+)
 
 
 def malformed(port: int, question: Question, draw: random.Random) -> Reply:

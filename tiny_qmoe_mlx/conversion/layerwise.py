@@ -14,6 +14,7 @@ import numpy as np
 
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
+from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.original.checkpoint import named_modules
 from tiny_qmoe_mlx.original.source import computed
 
@@ -72,7 +73,8 @@ def run_layers(model: nn.Module, tokens: np.ndarray, visit: Visit, to_logits: bo
     for index, layer in enumerate(layers):
         layer.__class__ = _watched(index, kinds[index], visit, visited, last)
     try:
-        logits = model(mx.array(tokens))
+        with computing("the original"):
+            logits = model(mx.array(tokens))
     except _Passed:
         pass
     finally:

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from tiny_qmoe_mlx import budget, footprint
 from tiny_qmoe_mlx.layers import use_cpu_kernels
+from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.original import checkpoint
 
 TOKENS_AT_ONCE = footprint.PREFILL_CHUNK  # of all rows together, while prompts are read
@@ -78,7 +79,8 @@ def write(
         upto = min(seen + step, *(len(rows[i]) for i in going))
         # a row that has ended reads on, anything: no row sees another
         inputs = [(row[seen:upto] + [row[-1]] * (upto - seen))[: upto - seen] for row in rows]
-        logits = model(mx.array(inputs), cache=cache)[:, -1].astype(mx.float32)
+        with computing("the model"):
+            logits = model(mx.array(inputs), cache=cache)[:, -1].astype(mx.float32)
         picked = choose(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         mx.eval(picked, [part.state for part in cache])
         chosen: list[int] = picked.tolist()  # type: ignore[assignment]

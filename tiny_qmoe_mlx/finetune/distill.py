@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.original.source import computed
 
 Progress = Callable[[str, int, int], None]
@@ -33,7 +34,8 @@ def teach(model: Callable, tokens: np.ndarray, top: int, progress: Progress) -> 
     """A model's predictions on int (n, T) tokens, sequence by sequence; what is not among the `top` is one rest."""
     ids, log_p = [], []
     for i, row in enumerate(tokens):
-        logits = computed(model(mx.array(row[None]))[0].astype(mx.float32))
+        with computing("the original"):
+            logits = computed(model(mx.array(row[None]))[0].astype(mx.float32))
         best = np.argpartition(logits, -min(top, logits.shape[-1]), axis=-1)[:, -top:]
         shifted = logits - logits.max(-1, keepdims=True)
         total = np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -67,7 +67,8 @@ class SourceShards:
             self._begin(snapshot)
         else:
             self._shards, self._whole = begun
-        self._names = {name: _tensors(self.directory / name) for name in self._shards}
+        together = safetensors_header.Together()
+        self._names = {name: together.add(self.directory / name) for name in self._shards}
         for name in set(self._shards) - self._whole:  # what a killed run left there may be half a shard
             self._empty(name)
 
@@ -239,13 +240,6 @@ def _is_shard(name: str) -> bool:
 def _layer(name: str) -> int | None:
     found = IN_LAYER.search(name)
     return int(found[1]) if found else None
-
-
-def _tensors(file: Path) -> list[str]:
-    with open(file, "rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        raw = handle.read(min(length, MOST_HEADER))
-    return [name for name in safetensors_header.parse(raw, str(file)) if name != "__metadata__"]
 
 
 def _is_whole(file: Path, shard: Shard) -> bool:

@@ -20,12 +20,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import allocator, config_file, model_file, plain_files, safetensors_header
 from tiny_qmoe_mlx.codecs.affine import Packing
-from tiny_qmoe_mlx.errors import FormatError
+from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.hub import client as hub
+from tiny_qmoe_mlx.library_errors import quiet_panics, quiet_transformers, refused
 from tiny_qmoe_mlx.original import dense, shipped
 from tiny_qmoe_mlx.original.adapted import MATRIX_NAMES, model_classes
 from tiny_qmoe_mlx.original.source import Source, computed
 from tiny_qmoe_mlx.spec import LayerSpec, expert_file_name
+from tiny_qmoe_mlx.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,16 @@ def read_original(directory: Path) -> dict:
     """config.json of a checkpoint that mlx-lm is about to load, after all that it would trip over was looked at.
 
     Raises:
-        FormatError: as `read_config`; or code of its own, a link that leaves the directory, a damaged header.
+        FormatError: as `read_config`; or code of its own, a link that leaves the directory, a damaged header, a tensor
+            that stands in two of the files.
     """
     plain_files.check_directory(directory)
     config = read_config(directory)
     if "tiny_qmoe" not in config:
         model_file.refuse(config)
-    for file in sorted(directory.glob("model*.safetensors")):
-        safetensors_header.check(file, str(file))
+    together = safetensors_header.Together()
+    for file in sorted(directory.glob("model*.safetensors")):  # all of which mlx-lm loads, whatever an index says
+        together.add(file, str(file))
     return config
 
 
@@ -122,11 +126,11 @@ def load_lazy(directory: Path) -> tuple[nn.Module, dict]:
 
 
 def _why(config: dict, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason, kind = shown(" ".join(str(error).split()), 300) or type(error).__name__, shown(config["model_type"])
     if "quantization_config" not in config and "quantization" not in config:
-        return f"(model_type {config['model_type']}): {reason}"
+        return f"(model_type {kind}): {reason}"
     return (
-        f"(model_type {config['model_type']}; {shipped.describe_source(config)}): {reason}; "
+        f"(model_type {kind}; {shown(shipped.describe_source(config), 200)}): {reason}; "
         "give a bfloat16 checkpoint of the model, or one converted with mlx_lm.convert -q."
     )
 
@@ -155,21 +159,18 @@ def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
     """
     from mlx_lm.utils import load_tokenizer
 
-    try:
+    what = f"{directory} should hold a tokenizer that transformers can load, it cannot"
+    # whatever the libraries trip over in a damaged file
+    with refused("tokenizer", what), quiet_panics(), quiet_transformers():
         # left open, transformers would ask on the terminal, or whatever stands on stdin, whether to run their code
         tokenizer = load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
-        works = bool(
-            tokenizer.encode("a", add_special_tokens=False)
-        )  # transformers makes an empty one where there are no files
-    except Exception as error:  # whatever the libraries trip over in a damaged file
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise FormatError(
-            f"[tokenizer] {directory} should hold a tokenizer that transformers can load, it cannot: {reason}"
-        ) from error
-    if not works:
+        ids = tokenizer.encode("a", add_special_tokens=False)
+        tokenizer.decode(tokenizer.encode("a"))
+    if not ids:  # transformers makes an empty one where there are no files
         raise FormatError(
             f"[tokenizer] {directory} should hold a tokenizer (tokenizer.json, or tokenizer.model) and holds none."
         )
+    tokenizer.__class__ = Tokenizer
     return tokenizer
 
 

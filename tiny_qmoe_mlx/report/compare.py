@@ -15,6 +15,7 @@ from tiny_qmoe_mlx import budget, masked_spans, models
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.conversion.text import beginning
+from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.masked_spans import Masked, is_encoder_decoder
 from tiny_qmoe_mlx.original import dense
 from tiny_qmoe_mlx.original.shipped import dequantize_rest
@@ -80,8 +81,9 @@ def _score(model: Any, against: Any, window: list[int]) -> list[Any]:
 
 def _log_probabilities(model: Any, window: list[int]) -> Any:
     """float32 (tokens - 1, vocabulary); of masked spans what the decoder predicts."""
-    caches = {"cache": model.make_cache(mx.array(window.inputs)[None])} if isinstance(window, Masked) else {}
-    logits = model(mx.array(window[:-1])[None], **caches)[0].astype(mx.float32)
+    with computing("the model"):
+        caches = {"cache": model.make_cache(mx.array(window.inputs)[None])} if isinstance(window, Masked) else {}
+        logits = model(mx.array(window[:-1])[None], **caches)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -12,7 +12,7 @@ from tiny_qmoe_mlx.serving.refusal import Refused
 UNHEEDED = {"n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("auto", "none")}
 COUNTS, SEEDS = (1 << 31) - 1, (1 << 63) - 1  # the highest
 COUNT, SHARE, PENALTY = (int, 0, COUNTS), (float, 0, 1), (float, -COUNTS, COUNTS)
-NUMBERS: dict[str, tuple[type, int, int]] = {  # whole or not, lowest, highest
+NUMBERS: dict[str, tuple[type, float, float]] = {  # whole or not, lowest, highest
     "max_tokens": (int, 1, COUNTS),
     "max_completion_tokens": (int, 1, COUNTS),
     "seed": (int, 0, SEEDS),
@@ -26,14 +26,16 @@ NUMBERS: dict[str, tuple[type, int, int]] = {  # whole or not, lowest, highest
     "top_p": SHARE,
     "min_p": SHARE,
     "xtc_probability": SHARE,
-    "xtc_threshold": SHARE,
-    "repetition_penalty": (float, 0, COUNTS),
+    "xtc_threshold": (float, 0, 0.5),  # above a half no token would ever be too likely
+    "repetition_penalty": (float, 0.01, 100),  # or 0, as mlx-lm's server has it
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
 }
+OBJECTS = 1 << 17  # of them, with what is in texts
 STOPS, STOP_LENGTH = 16, 256
 BIASES = 4096
 TEMPLATE_FREE = (str, bool, int, float)
+TEMPLATE_LENGTH = 1024  # of a text: a template may write it for every message
 TEMPLATE_TAKEN = {  # of apply_chat_template itself; a template of a stranger's is a program
     "add_generation_prompt",
     "chat_template",
@@ -55,8 +57,10 @@ def parse(data: bytes) -> dict[str, Any]:
     """A request's body, without what it gives as null.
 
     Raises:
-        Refused: it is no JSON object, or has a number that is none.
+        Refused: it is no JSON object, has a number that is none, or more objects than memory is meant for.
     """
+    if data.count(b"[") + data.count(b"{") > OBJECTS:  # `[]` takes 30 times its size; brackets in texts count too
+        raise Refused(400, f"the request should have at most {OBJECTS} lists and objects.", "too_large")
     try:
         body = json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -91,6 +95,8 @@ def check(body: dict[str, Any], vocabulary: int) -> None:
     for name, allowed in UNHEEDED.items():
         if name in body and not any(type(body[name]) is type(value) and body[name] == value for value in allowed):
             _refuse(name, f"{' or '.join(map(json.dumps, allowed))} on this server", body[name])
+    if _is_number(body.get("repetition_penalty")) and body["repetition_penalty"] == 0:
+        del body["repetition_penalty"]
     for name, (kind, low, high) in NUMBERS.items():
         value = body.get(name, low)
         if not (_is_number(value) and low <= value <= high and (kind is float or value == int(value))):
@@ -141,6 +147,8 @@ def _check_options(body: dict[str, Any]) -> None:
     own = body.get("chat_template_kwargs", {})
     if TEMPLATE_TAKEN.intersection(own) or not all(isinstance(value, TEMPLATE_FREE) for value in own.values()):
         _refuse("chat_template_kwargs", "texts, numbers or booleans for the template's own variables", own)
+    if any(isinstance(value, str) and len(value) > TEMPLATE_LENGTH for value in own.values()):
+        _refuse("chat_template_kwargs", f"texts of at most {TEMPLATE_LENGTH} characters", own)
     if not all(isinstance(text, str) for text in body.get("role_mapping", {}).values()):
         _refuse("role_mapping", "texts by role", body["role_mapping"])
     tools = body.get("tools", [])
@@ -168,13 +176,6 @@ def check_prompt(body: dict[str, Any], chat: bool) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             _refuse("messages", "objects with a role", message)
         _check_content(message)
-
-
-def letters(body: dict[str, Any]) -> int:
-    """Characters of a request's prompt, or of its messages and tools."""
-    if "messages" not in body:
-        return len(body["prompt"])
-    return sum(len(message["content"]) for message in body["messages"]) + len(json.dumps(body.get("tools", "")))
 
 
 def _check_content(message: dict[str, Any]) -> None:

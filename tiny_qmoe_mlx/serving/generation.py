@@ -19,11 +19,14 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import server as mlx_server
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
+from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
+from tiny_qmoe_mlx.serving.prompt import Measured
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.vocabulary import check_ids
 
@@ -57,6 +60,11 @@ class Asked(mlx_server.CompletionRequest):
             if self.over:
                 word.stop()
         self.words.put(word)
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more comes for it but this."""
+        self.put(error)
+        self.end()
 
     def end(self) -> None:
         """Compute nothing more for it, also where its context has not come yet."""
@@ -94,9 +102,31 @@ def bound(function: Any, **names: Any) -> FunctionType:
     return FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__)
 
 
+def guarded(step: Callable, otherwise: Callable, fail: Callable[[Exception], None]) -> Callable:
+    """A step of one request's sampling: where it raises, that request has failed, and the rest of its batch goes on."""
+
+    def take(*inputs: Any) -> Any:
+        try:
+            return step(*inputs)
+        except Exception as error:
+            fail(error)
+            return otherwise(*inputs)
+
+    return take
+
+
+def sampler(args: Any, tokenizer: TokenizerWrapper) -> Callable:
+    """mlx-lm's for a request, which fails alone."""
+    if args.sampling.temperature == 0:
+        return greedy_sampler  # as mlx-lm does, which calls a sampler of all requests once
+    made = functools.cache(lambda: mlx_server._make_sampler(args, tokenizer))
+    return guarded(lambda logprobs: made()(logprobs), greedy_sampler, args.fail)
+
+
 def logits_processors(args: Any) -> list[Callable]:
-    """mlx-lm's for a request, and its grammar's."""
-    return [*mlx_server._make_logits_processors(args), *([args.grammar] if args.grammar else [])]
+    """mlx-lm's for a request, and its grammar's; they fail alone."""
+    made = [*mlx_server._make_logits_processors(args), *([args.grammar] if args.grammar else [])]
+    return [guarded(step, lambda context, logits: logits, args.fail) for step in made]
 
 
 class Generation(mlx_server.ResponseGenerator):
@@ -106,7 +136,6 @@ class Generation(mlx_server.ResponseGenerator):
         directory, config, cache: the model's; the cache is of its experts.
         counters: of all requests.
         limit: most tokens of a request, prompt and answer.
-        longest_token: its characters; most_letters: those of a prompt that may fit the limit.
         large: held while a large request is read.
         stopping: no new request is taken.
     """
@@ -125,8 +154,7 @@ class Generation(mlx_server.ResponseGenerator):
         args = provider.cli_args
         self.counters = figures.Counters()
         self.limit = min(args.context, footprint.longest_context(config))
-        self.longest_token = max(map(len, provider.tokenizer.get_vocab()))
-        self.most_letters = self.limit * self.longest_token
+        self._measured: Any = Measured(provider.tokenizer, self.limit)
         self.large = threading.BoundedSemaphore(2)
         self.stopping = False
         self.batch: Batch | None = None
@@ -174,12 +202,16 @@ class Generation(mlx_server.ResponseGenerator):
         """What mlx-lm's `_tokenize` gives for a request, in the client's thread.
 
         Raises:
-            Refused: the chat template or the tokenizer does not take it.
+            Refused: it has more tokens than there is room for; the chat template or the tokenizer does not take it.
         """
         how: Any = SimpleNamespace(chat_template_kwargs=template)  # all that mlx-lm looks at here
+        if request.role_mapping and not self._measured.has_chat_template:
+            self._measured.check_roles(request.messages, request.role_mapping)
         try:
             with self._tokenizing:
-                found = super()._tokenize(self.model_provider.tokenizer, request, how)
+                found = super()._tokenize(self._measured, request, how)
+        except Refused:
+            raise
         except Exception as error:  # templates are programs, and raise what they like
             raise Refused(400, f"the model's tokenizer or chat template refuses the prompt: {reason(error)}") from error
         if not found[0]:
@@ -194,7 +226,7 @@ class Generation(mlx_server.ResponseGenerator):
         self, request: Asked, generation_args: Any, progress_callback: Any = None
     ) -> tuple[Any, Iterator]:
         """As mlx-lm's, for a request that has been asked under `entered`."""
-        generation_args.model, generation_args.grammar = ONE, request.grammar
+        generation_args.model, generation_args.grammar, generation_args.fail = ONE, request.grammar, request.fail
         request.args = generation_args
         with self._changed:
             self._waiting.append(request)
@@ -281,7 +313,8 @@ class Generation(mlx_server.ResponseGenerator):
         """mlx-lm's loop, begun anew where it fails: those who were being answered are told."""
         while not self._stop:
             try:
-                self._generate()
+                with panics("generation", "a library should compute this, it failed", "ask again"):
+                    self._generate()
             except Exception as error:  # a disk, a damaged record, memory: the next request may do better
                 log.exception("generation failed; %d requests were under way", len(self._active))
                 self.batch, self._alone = None, 0
@@ -291,7 +324,7 @@ class Generation(mlx_server.ResponseGenerator):
                         request.put(error)
 
     def _generate(self) -> None:
-        bound(mlx_server.ResponseGenerator._generate, BatchGenerator=self._make_batch, **PROCESSORS)(self)
+        bound(mlx_server.ResponseGenerator._generate, BatchGenerator=self._make_batch, **SAMPLING)(self)
 
     def _make_batch(self, *inputs: Any, **options: Any) -> Batch:
         self.batch = Batch(*inputs, **options)
@@ -335,9 +368,9 @@ class Generation(mlx_server.ResponseGenerator):
         self._alone = request[1].most
         self.prompt_cache.make_room()
         try:
-            bound(mlx_server.ResponseGenerator._serve_single, **PROCESSORS)(self, request, stream)
+            bound(mlx_server.ResponseGenerator._serve_single, **SAMPLING)(self, request, stream)
         finally:
             self._alone = 0
 
 
-PROCESSORS = {"_make_logits_processors": logits_processors}
+SAMPLING = {"_make_sampler": sampler, "_make_logits_processors": logits_processors}

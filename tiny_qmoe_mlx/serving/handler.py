@@ -8,26 +8,28 @@ import hmac
 import io
 import json
 import logging
+import math
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from ipaddress import ip_address
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from mlx_lm import server as mlx_server
 
-from tiny_qmoe_mlx.serving import checks, figures, openapi, wire
+from tiny_qmoe_mlx.library_errors import panics
+from tiny_qmoe_mlx.serving import callers, checks, figures, openapi, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
+from tiny_qmoe_mlx.serving.prompt import too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.serving.schema import Grammars
 
 BODY_BYTES = 4 << 20
 SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
+LARGE_WAIT_S = 30.0  # until the turn of a large one
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
 DRAIN_S = 2.0  # of what was no request
 PAGE = Path(__file__).parent / "page"
@@ -41,6 +43,7 @@ OWN = ("/health", "/metrics", "/experts", "/openapi.json", "/v1/models")
 NOTHING = "there is nothing of this name here."
 OPEN = ("/health", "/openapi.json", *PAGES)  # need no key
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+NO_CHANCE = -9999.0
 log = logging.getLogger("tiny_qmoe_mlx.server")
 
 
@@ -88,7 +91,8 @@ class Handler(mlx_server.APIHandler):
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
             self._check_method()
-            answer()
+            with panics("request", "a library should take this, it failed", "ask otherwise"):
+                answer()
         except Refused as refused:
             self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
@@ -122,7 +126,9 @@ class Handler(mlx_server.APIHandler):
         self.end_headers()
 
     def _post(self) -> None:
-        with self.generation.large if self._unread > SMALL_BYTES else nullcontext():
+        if self._unread > BODY_BYTES:
+            raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
+        with self._large() if self._unread > SMALL_BYTES else nullcontext():
             body = self._checked_body()
         data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
         del self.headers["Content-Length"]
@@ -133,15 +139,23 @@ class Handler(mlx_server.APIHandler):
         finally:
             self.rfile = connection
 
+    @contextmanager
+    def _large(self) -> Iterator[None]:
+        """The turn of a large body, of which few are in memory at once: it may not take long to come."""
+        if not self.generation.large.acquire(timeout=LARGE_WAIT_S):
+            message = "other large requests are being read; try again."
+            raise Refused(503, message, "server_busy", {"Retry-After": "10"})
+        try:
+            self._received.allow(wire.LARGE_S, 2 * DRAIN_BYTES, wire.LARGE_RATE)
+            yield
+        finally:
+            self.generation.large.release()
+
     def _checked_body(self) -> dict[str, Any]:
         body = checks.parse(self._read_body())
         self._check_model(body)
         checks.check(body, self.grammars.vocabulary)
         checks.check_prompt(body, self.path.endswith("/chat/completions"))
-        letters, most = checks.letters(body), self.generation.most_letters
-        if letters > most:  # its tokens would take memory that the budget has not
-            least = letters // self.generation.longest_token
-            raise too_long(f"{letters} characters, at least {least} tokens", self.generation.limit)
         return body
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
@@ -177,15 +191,8 @@ class Handler(mlx_server.APIHandler):
     # ---- who asks
 
     def _check_caller(self) -> None:
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        listening = self.generation.cli_args.host
-        if is_local(listening) and host and not is_local(host_of(f"//{host}")):
-            raise Refused(403, f"this server answers to local names, it was called {host[:80]!r}; see --host.")
-        allowed = self.generation.cli_args.allowed_origins
-        if origin is not None and not (
-            origin.partition("://")[2] == host or is_local(host_of(origin)) or {"*", origin}.intersection(allowed)
-        ):
-            raise Refused(403, f"web pages of {origin[:80]} may not ask this server; see --allowed-origins.")
+        host, origin, args = self.headers.get("Host", ""), self.headers.get("Origin"), self.generation.cli_args
+        callers.check(host, origin, args.host, args.allowed_host, args.allowed_origins)
         self._origin = origin or ""
         if self.command != "OPTIONS" and self.path not in OPEN:
             self._check_key()
@@ -219,15 +226,14 @@ class Handler(mlx_server.APIHandler):
     # ---- what they ask
 
     def _read_body(self) -> bytes:
-        if self._unread > BODY_BYTES:
-            raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
-        parts = []
+        small, parts = self._unread <= SMALL_BYTES, []
+        how = f"within {wire.BODY_S:g} s" if small else f"with at least {wire.LARGE_RATE} bytes a second"
         while self._unread:
             try:
                 parts.append(self.rfile.read1(min(self._unread, 1 << 16)))
             except TimeoutError as error:
                 self._unread = 0  # nobody waits for the rest
-                raise Refused(408, f"a request should come within {wire.BODY_S:g} s.") from error
+                raise Refused(408, f"a request should come {how}.") from error
             self._unread -= len(parts[-1])
             if not parts[-1]:
                 raise ConnectionAbortedError("the client left in mid-request")
@@ -253,13 +259,18 @@ class Handler(mlx_server.APIHandler):
             raise Refused(400, f"num_draft_tokens should be at most {most} here, received {str(guesses)[:20]}.")
 
     def _gone(self) -> bool:
-        """Whether the client has closed the connection."""
+        """Whether the client has closed the connection; what it sent beyond its one request is dropped."""
         look = select.poll()
         look.register(self.connection, select.POLLIN)
         try:
-            return bool(look.poll(0)) and self.connection.recv(1, socket.MSG_PEEK) == b""
+            for _ in range(16):  # one that sends without end has not gone
+                if not look.poll(0):
+                    return False
+                if not self.connection.recv(1 << 16):
+                    return True
         except OSError:
             return True
+        return False
 
     # ---- answers
 
@@ -267,6 +278,15 @@ class Handler(mlx_server.APIHandler):
         """As mlx-lm's, for numbers given as whole ones too."""
         self.xtc_probability, self.xtc_threshold = map(_as_float, (self.xtc_probability, self.xtc_threshold))
         super().validate_model_parameters()
+
+    def generate_response(self, *inputs: Any, **named: Any) -> dict[str, Any]:
+        """As mlx-lm's, with the logarithm of no probability as OpenAI writes it: JSON has no infinity."""
+        found = super().generate_response(*inputs, **named)
+        for token in found["choices"][0].get("logprobs", {}).get("content", ()):
+            for one in (token, *token.get("top_logprobs", ())):
+                if not math.isfinite(one.get("logprob", 0)):
+                    one["logprob"] = NO_CHANCE
+        return found
 
     def handle_models_request(self) -> None:
         """This server's one model, or word that there is no other."""
@@ -363,27 +383,5 @@ def methods(path: str) -> tuple[str, ...]:
     return ("GET", "HEAD", "OPTIONS") if known else ()
 
 
-def too_long(prompt: str, limit: int) -> Refused:
-    """That a prompt, described, has no room within the limit of tokens."""
-    should = f"together with the answer they should be at most the server's context of {limit} tokens"
-    return Refused(400, f"the prompt has {prompt}; {should}.", "context_length_exceeded")
-
-
 def _as_float(value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
-
-
-def host_of(url: str) -> str:
-    """The host's name in a URL; nothing where there is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
-def is_local(host: str) -> bool:
-    """Whether a host's name means this machine and no other."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

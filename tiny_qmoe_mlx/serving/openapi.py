@@ -56,7 +56,7 @@ TEMPLATE = {
     "type": "object",
     "description": "variables of the model's chat template",
     "propertyNames": {"not": {"enum": sorted(checks.TEMPLATE_TAKEN)}},
-    "additionalProperties": {"type": ["string", "boolean", "number"]},
+    "additionalProperties": {"type": ["string", "boolean", "number"], "maxLength": checks.TEMPLATE_LENGTH},
 }
 OPTIONS = {
     "model": {"type": "string", "description": "of /v1/models, or default_model: this server has one"},
@@ -72,6 +72,7 @@ OPTIONS = {
     "role_mapping": {"type": "object", "additionalProperties": TEXT},
     "tools": listed({"type": "object"}),
     **NUMBERS,
+    "repetition_penalty": {"anyOf": [{"const": 0, "description": "none"}, NUMBERS["repetition_penalty"]]},
     **{name: {"enum": list(allowed)} for name, allowed in checks.UNHEEDED.items()},
 }
 PART = record({"type": {"const": "text"}, "text": TEXT})

@@ -15,7 +15,7 @@ DESCRIPTION = (
 EXAMPLES = """
   python -m tiny_qmoe_mlx.server --model demo
   python -m tiny_qmoe_mlx.server --model qwen3-2bit --memory 6GB --context 8192 --port 8000
-  python -m tiny_qmoe_mlx.server --model qwen3-2bit --host 0.0.0.0 --api-key-file key.txt
+  python -m tiny_qmoe_mlx.server --model qwen3-2bit --host 0.0.0.0 --api-key-file key.txt --allowed-host box.example
   curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" \\
     -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 """
@@ -68,6 +68,14 @@ def add_network(to: argparse.ArgumentParser) -> None:
         default="",
         metavar="URL,URL|*",
         help="web pages of other sites that may ask, by their origin (default: pages of this server and of localhost)",
+    )
+    to.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name by which clients call this machine, as a proxy's or a container's; may be repeated "
+        "(default: localhost; with a --host that is not local also addresses and this machine's own name)",
     )
     to.add_argument("--queue", type=int, default=64, help="requests that may wait; more are sent away (default 64)")
     to.add_argument(
@@ -137,12 +145,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.draft_model and args.kv_bits:
         raise ValueError("[server] --draft-model and --kv-bits exclude each other; leave one of them out.")
     args.allowed_origins = [origin.strip().rstrip("/") for origin in args.allowed_origins.split(",") if origin.strip()]
+    args.allowed_host = [host_name(name) for name in args.allowed_host]
     args.chat_template_args = template_args(args.chat_template_args)
     args.api_key = api_key(args.api_key_file)
     args.prompt_concurrency = min(args.prompt_concurrency, args.decode_concurrency)
     # of mlx_lm.server, and not offered: adapters, other code, other machines
     args.adapter_path, args.trust_remote_code, args.pipeline, args.json = None, False, False, False
     return args
+
+
+def host_name(name: str) -> str:
+    """A value of --allowed-host, as the header Host has it.
+
+    Raises:
+        ValueError: it is more than a name.
+    """
+    if not name or set(name) & set("/:@*?# ") or not name.isascii():
+        raise ValueError(f"[server] --allowed-host should be a name as in box.example, received {shown(name)}.")
+    return name.lower().removesuffix(".")
 
 
 def template_args(text: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ between might read otherwise is refused all the same (RFC 9112, sections 3.2, 5.
 """
 
 import io
+import math
 import socket
 import time
 from email.message import Message
@@ -16,6 +17,7 @@ from tiny_qmoe_mlx.serving.refusal import Refused
 SILENCE_S = 60.0  # a client that neither sends nor reads for so long is left
 HEAD_BYTES, HEAD_S = 128 << 10, 30.0  # of the request line and all headers
 BODY_S = 60.0
+LARGE_S, LARGE_RATE = 10.0, 80_000  # of a large body: seconds, and bytes that come for each one more
 
 
 class Received(io.RawIOBase):
@@ -28,9 +30,9 @@ class Received(io.RawIOBase):
         self._connection, self.ended = connection, False
         self.allow(HEAD_S, HEAD_BYTES)
 
-    def allow(self, seconds: float, size: int) -> None:
-        """From now on, for so long and so many bytes."""
-        self._end, self._left = time.monotonic() + seconds, size
+    def allow(self, seconds: float, size: int, rate: float = math.inf) -> None:
+        """From now on, for so long and so many bytes, each of which gives more time where there is a rate a second."""
+        self._end, self._left, self._rate = time.monotonic() + seconds, size, rate
 
     def readable(self) -> bool:
         return True
@@ -44,7 +46,7 @@ class Received(io.RawIOBase):
             size = self._connection.recv_into(into)
         finally:
             self._connection.settimeout(SILENCE_S)  # of what is written meanwhile
-        self._left, self.ended = self._left - size, size == 0
+        self._end, self._left, self.ended = self._end + size / self._rate, self._left - size, size == 0
         if self._left < 0:
             raise LineTooLong("the request")
         return size

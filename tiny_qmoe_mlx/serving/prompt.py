@@ -1,0 +1,88 @@
+"""From a request to the text of its prompt and on to tokens, in memory that a request cannot make large.
+
+A tokenizer takes hundreds of bytes for each character, and a template may write one part of a request many times: a
+text is measured before it is made where that can be foretold, and before it becomes tokens always.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tiny_qmoe_mlx.serving.refusal import Refused
+
+PIECE = 1 << 14  # characters that become tokens at once while nobody knows whether all of them fit
+
+
+def too_long(prompt: str, limit: int) -> Refused:
+    """That a prompt, described, has no room within the limit of tokens."""
+    should = f"together with the answer they should be at most the server's context of {limit} tokens"
+    return Refused(400, f"the prompt has {prompt}; {should}.", "context_length_exceeded")
+
+
+class Measured:
+    """A tokenizer that refuses texts of more tokens than there is room for; all else is the tokenizer's own."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, limit: int):
+        """limit: tokens."""
+        self._own, self._limit = tokenizer, limit
+        self._longest = max(map(len, tokenizer.get_vocab()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """The tokenizer's.
+
+        Raises:
+            Refused: the text is too long.
+        """
+        self._check(text)
+        return self._own.encode(text, **options)
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], tools: Any = None, sanitize_control_tokens: bool = False, **how: Any
+    ) -> list[int]:
+        """The tokenizer's.
+
+        Raises:
+            Refused: the text is too long, or would be.
+        """
+        if indented([tools, *(m.get("tool_calls") for m in messages)], self._limit * self._longest):
+            raise too_long(f"tools and tool calls of more than {self._limit * self._longest} characters", self._limit)
+        self._check(self._own.apply_chat_template(messages, tools=tools, **{**how, "tokenize": False}))
+        if sanitize_control_tokens:  # which goes with tokens alone
+            how["sanitize_control_tokens"] = True
+        return self._own.apply_chat_template(messages, tools=tools, **how)
+
+    def check_roles(self, messages: Sequence[dict[str, Any]], texts: dict[str, str]) -> None:
+        """Refuse messages that become too long where each gets the text of its role, and that of `stop`.
+
+        Raises:
+            Refused: they do.
+        """
+        letters = sum(len(m["content"]) + len(texts.get(m["role"], "")) + len(texts.get("stop", "")) for m in messages)
+        self._check_letters(letters)
+
+    def _check(self, text: str) -> None:
+        self._check_letters(len(text))
+        tokens, cut = 0, 0  # a cut may make as many tokens of one as it has characters
+        for start in range(0, len(text), PIECE) if len(text) > PIECE else ():
+            tokens += len(self._own.encode(text[start : start + PIECE], add_special_tokens=False))
+            if tokens - cut > self._limit:
+                raise too_long(f"{len(text)} characters, more than {self._limit} tokens", self._limit)
+            cut += self._longest
+
+    def _check_letters(self, letters: int) -> None:
+        if letters > self._limit * self._longest:
+            raise too_long(f"{letters} characters, at least {letters // self._longest} tokens", self._limit)
+
+
+def indented(value: Any, most: int) -> bool:
+    """Whether a value has more characters than that as JSON with a line for each item, as many templates write it."""
+    for part in json.JSONEncoder(indent=4, ensure_ascii=False).iterencode(value):
+        most -= len(part)
+        if most < 0:
+            return True
+    return False
