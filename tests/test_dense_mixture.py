@@ -20,11 +20,17 @@ from tiny_qmoe_mlx.plan import plan
 from tiny_qmoe_mlx.report import write as report
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (1, 12))
-FAMILIES = ("llama", "qwen3", "gemma2")
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text")
 
 
 def make(root, family):
-    return tiny_models.make_checkpoint(root / "hf", family)
+    made = tiny_models.make_checkpoint(root / "hf", family)
+    if family == "gemma3_text":  # as it is shipped: without a head, by which mlx-lm knows that the embedding is one
+        (file,) = made.glob("*.safetensors")
+        kept = {name: array for name, array in mx.load(str(file)).items() if not name.startswith("lm_head.")}
+        mx.eval(kept)
+        mx.save_safetensors(str(file), kept, {"format": "mlx"})
+    return made
 
 
 def logits(model):

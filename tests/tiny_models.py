@@ -98,6 +98,7 @@ MORE: dict[str, dict] = {  # families that some tests read checkpoints of, and t
     },
     "qwen3": {"tie_word_embeddings": True},
     "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2},
     "qwen2": {"tie_word_embeddings": True},  # its q, k and v have biases
 }
 TOP_K = {"ernie4_5_moe": "moe_k"}

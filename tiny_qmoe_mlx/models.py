@@ -63,7 +63,10 @@ def model_classes(spec: ModelSpec) -> Callable[[dict], tuple[type, type]]:
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 # names and values are the module's own already: mlx-lm's sanitize would change some again
                 records = {f"{layer.path}.{part}" for layer in spec.layers for part in ("records", "checksums")}
-                return {name: w for name, w in weights.items() if name not in (*records, tuples.TENSOR)}
+                kept = {name: w for name, w in weights.items() if name not in (*records, tuples.TENSOR)}
+                if "lm_head" in self and not any(name.startswith("lm_head.") for name in kept):
+                    super().sanitize({})  # where Gemma 3 learns that its head is the embedding
+                return kept
 
             def __reduce_ex__(self, protocol: object) -> Any:
                 raise TypeError(
