@@ -27,8 +27,9 @@ short version of each. The threat model is in [SECURITY](SECURITY.md). Commands 
 
 NOTES = {  # of runs that broke something: what it was, and what came of it
     "faults_writing": "An fsync of a directory that failed named no file; mended since.",
-    "interrupts": "A second Ctrl-C, while Python itself was ending, printed its traceback; mended since. A shorter run "
-    "found a server that two Ctrl-C at once left waiting for ever (an Event set in a handler); mended since.",
+    "interrupts": "Three second Ctrl-C, that came within a millisecond of the first one's sentence, printed Python's "
+    "traceback below or in place of it; still to be mended. An earlier run found a server that two Ctrl-C at once left "
+    "waiting for ever; mended since.",
     "server_load": "Resident memory went up by 4.3 % where 2 % are allowed; answers, order and stop are as promised. "
     "The run before it found a server that SIGTERM did not stop: the system may give a signal to another thread than "
     "the one that Python's handlers run in; mended since, and tested.",
