@@ -179,3 +179,18 @@ def test_gains_are_finetuned_after_a_conversion_and_later(source, text, tmp_path
 def test_finetuning_wants_the_original_and_tokens(source, tmp_path, options):
     with pytest.raises(ValueError, match="finetuning needs the original on the disk"):
         conversion.convert(source, tmp_path / "out", replace(SETTINGS, calibration="none"), **options)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_norm_after_the_experts_is_no_sum(normed):
+    """Its derivatives at zero look like weights; as Gemma 2 and 3 have it."""
+    experts, stream = layerwise.Experts(), np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+
+    def call(part: np.ndarray) -> mx.array:
+        x = mx.array(part)
+        found = experts(x, mx.zeros((*x.shape[:-1], 1), mx.uint32))[..., 0, :]
+        return x + (mx.fast.rms_norm(found, mx.ones(8), 1e-6) if normed else 0.5 * found)
+
+    routed = layerwise.route(call, experts, stream, 8)
+    assert routed.linear is not normed
+    np.testing.assert_allclose(routed.weight, 1.0 if normed else 0.5, rtol=1e-6)
