@@ -188,7 +188,7 @@ def route(call: Call, experts: Experts, stream: np.ndarray, width: int) -> Route
         FormatError: the layer does not call its experts once.
     """
     parts = [_route_piece(call, experts, stream[part], width) for part in pieces(stream)]
-    linear = all(part.linear for part in parts)
+    linear = all(part.linear for part in parts) and _is_sum(call, experts, stream[pieces(stream)[0]], parts[0], width)
     fields = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("x", "chosen", "weight", "base")}
     if not linear:
         fields["weight"] = np.full_like(fields["weight"], 1 / fields["weight"].shape[1])
@@ -221,27 +221,25 @@ def _route_piece(call: Call, experts: Experts, stream: np.ndarray, width: int) -
     k = indices.shape[-1]
     slopes = _float32(slope).reshape(-1, slope.shape[-1])
     linear = bool(np.all(np.isfinite(slopes)) and not slopes[:, k:].any() and slopes[:, :k].min() >= 0)
-    linear = linear and _is_sum(call, experts, stream, _float32(base), slopes[:, :k], width)
     tokens = _float32(x).reshape(-1, x.shape[-1])
     chosen = computed(indices).astype(np.int32).reshape(len(tokens), k)
     weight = slopes[:, :k] if linear else np.ones((len(tokens), k), np.float32)
     return Routed(tokens, chosen, np.ascontiguousarray(weight), _float32(base).reshape(-1, base.shape[-1]), linear)
 
 
-def _is_sum(call: Call, experts: Experts, stream: np.ndarray, base: np.ndarray, weight: np.ndarray, width: int) -> bool:
+def _is_sum(call: Call, experts: Experts, stream: np.ndarray, routed: Routed, width: int) -> bool:
     """Whether base + sum of weight x expert is what a layer puts out, for an answer that is not near zero: a norm
     after the experts, as Gemma's, has derivatives at zero that look like weights.
     """
-    answer = np.random.default_rng(0).normal(size=(weight.shape[1], width)).astype(np.float32)
+    answer = np.random.default_rng(0).normal(size=(routed.weight.shape[1], width)).astype(np.float32)
     experts._answer = lambda x, indices: mx.broadcast_to(mx.array(answer), (*indices.shape, width)).astype(x.dtype)
     try:
-        found = _float32(call(stream)).reshape(-1, base.shape[-1])
+        found = _float32(call(stream)).reshape(routed.base.shape)
     finally:
         experts._answer = None
-    flat = base.reshape(found.shape)
-    change = weight @ answer
-    error = np.abs(found - flat - change).max()
-    return bool(error <= 1e-3 * np.abs(change).max() + 1e-5 * np.abs(flat).max())
+    change = routed.weight @ answer
+    error = np.abs(found - routed.base - change).max()
+    return bool(error <= 1e-3 * np.abs(change).max() + 1e-5 * np.abs(routed.base).max())
 
 
 def finish(call: Call, experts: Experts, stream: np.ndarray, routed: Routed, outputs: np.ndarray) -> np.ndarray:
