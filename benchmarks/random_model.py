@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from bench_convert import SHAPE, write_tokenizer
 
-from tiny_qmoe_mlx import container
+from tiny_qmoe_mlx import container, container_writer
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.codecs.rotation import padded_columns
 from tiny_qmoe_mlx.conversion.rates import record_bytes_for
@@ -210,11 +210,11 @@ def make(
         record, places = template(spec.layers[0].shapes, spec.layers[0].record_bytes)
         for layer in spec.layers:
             records = noise_records(record, places, layer.experts, rng)
-            container.write_experts_file(staged, layer, spec.alignment, records)
+            container_writer.write_experts_file(staged, layer, spec.alignment, records)
             write_shard(staged / shard_name(layer.layer), dense_layer(wanted, layer.layer, rng))
         write_shard(staged / TOP, top(wanted, rng))
         write_words(staged, wanted)
-        container.write_manifest(staged)
+        container_writer.write_manifest(staged)
     return directory
 
 

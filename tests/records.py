@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save_file
 
-from tiny_qmoe_mlx import container
+from tiny_qmoe_mlx import container, container_writer
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.codecs.rotation import padded_columns
 
@@ -82,7 +82,7 @@ def write_model(
                 matrices=tuple((n, *s) for n, s in zip(NAMES[matrices], shapes, strict=True)),
                 bias=bias,
             )
-            container.write_experts_file(staged, layer, alignment, (trellis.pack(r, size) for r in records))
+            container_writer.write_experts_file(staged, layer, alignment, (trellis.pack(r, size) for r in records))
             specs.append(layer)
         spec = container.ModelSpec(
             format_version=1,
@@ -99,7 +99,7 @@ def write_model(
         container.write_json(staged / "config.json", config)
         container.write_json(staged / "tokenizer.json", {"version": "1.0"})
         save_file({"model.norm.weight": rng.normal(size=hidden).astype(np.float32)}, staged / "model.safetensors")
-        container.write_manifest(staged)
+        container_writer.write_manifest(staged)
     return spec
 
 

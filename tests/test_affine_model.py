@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, save_model
 from records import stored
 
-from tiny_qmoe_mlx import affine_product, container, models, native, ops, spec, verify
+from tiny_qmoe_mlx import affine_product, container, container_writer, models, native, ops, spec, verify
 from tiny_qmoe_mlx.codecs import affine
 from tiny_qmoe_mlx.conversion import affine as affine_convert
 from tiny_qmoe_mlx.errors import FormatError
@@ -39,12 +39,12 @@ def convert(source: Path, out: Path, bits: int = 4) -> Path:
         for layer, own in zip(layers, found, strict=True):
             groups = (range(i, min(i + 3, own.experts)) for i in range(0, own.experts, 3))
             records = (r for group in groups for r in affine_convert.affine_records(layer, group, own))
-            container.write_experts_file(staged, own, alignment, records)
+            container_writer.write_experts_file(staged, own, alignment, records)
         model.update_modules(tree_unflatten([(layer.path, nn.Module()) for layer in layers]))
         save_model(staged, model)
         container.write_json(staged / "config.json", {**config, "tiny_qmoe": words.to_dict()})
         tiny_models.write_tokenizer(staged)
-        container.write_manifest(staged)
+        container_writer.write_manifest(staged)
     return out
 
 

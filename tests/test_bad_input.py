@@ -15,7 +15,7 @@ import pytest
 import xxhash
 from commands import FILES, names, process, refusal
 
-from tiny_qmoe_mlx import container, native, spec
+from tiny_qmoe_mlx import container, container_writer, native, spec
 
 pytest_plugins = ["command_fixtures"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
@@ -355,7 +355,7 @@ def test_records_cut_to_a_size_that_config_header_and_checksums_agree_on(model, 
     size = (min(used) - 1) // alignment * alignment
     records = [np.frombuffer(data, np.uint8, size, opened.record_offset(1, e)) for e in range(old.experts)]
     fields = old.to_dict() | {"record_bytes": size}
-    container.write_experts_file(model, spec.LayerSpec.from_dict(fields), alignment, iter(records))
+    container_writer.write_experts_file(model, spec.LayerSpec.from_dict(fields), alignment, iter(records))
     forge(model, set_layer("record_bytes", size))
     sentence = refusal(here("generate", "--model", model, "--prompt", "x"))
     assert re.search(rf"{EXPERTS}, expert \d\]", sentence), sentence

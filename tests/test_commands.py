@@ -19,7 +19,7 @@ from records import random_record, record_size
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from tiny_qmoe_mlx import container, native
+from tiny_qmoe_mlx import container, container_writer, native
 from tiny_qmoe_mlx.codecs import trellis
 
 pytest_plugins = ["command_fixtures"]
@@ -248,7 +248,7 @@ def wide(tmp_path_factory) -> Path:
     ]
     with container.staged_directory(root / "model") as staged:
         for layer in specs:
-            container.write_experts_file(staged, layer, 128, (packed for _ in range(experts)))
+            container_writer.write_experts_file(staged, layer, 128, (packed for _ in range(experts)))
         spec = container.ModelSpec(
             format_version=1,
             codec="trellis",
@@ -263,7 +263,7 @@ def wide(tmp_path_factory) -> Path:
         container.write_json(staged / "config.json", {**config, "tiny_qmoe": spec.to_dict()})
         save_file(rest, staged / "model.safetensors", {"format": "mlx"})
         tiny_models.write_tokenizer(staged)
-        container.write_manifest(staged)
+        container_writer.write_manifest(staged)
     return root / "model"
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from records import write_model
 from safetensors import safe_open
 
-from tiny_qmoe_mlx import container, verify
+from tiny_qmoe_mlx import container, container_writer, verify
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.container import MANIFEST, LayerSpec, ModelSpec, open_model
 from tiny_qmoe_mlx.errors import FormatError
@@ -84,7 +84,7 @@ def test_an_experts_file_is_written_as_its_records_come(tmp_path):
             seen.append(sum(p.stat().st_size for p in tmp_path.iterdir()))
             yield np.zeros(1 << 20, np.uint8)
 
-    size = container.write_experts_file(tmp_path, layer, 128, records())
+    size = container_writer.write_experts_file(tmp_path, layer, 128, records())
     assert seen[-1] >= 6 << 20 and size == (tmp_path / layer.file).stat().st_size
 
 
@@ -99,7 +99,7 @@ def test_an_experts_file_is_written_as_its_records_come(tmp_path):
 )
 def test_wrong_records_leave_nothing_behind(tmp_path, records, message):
     with pytest.raises(ValueError, match=message):
-        container.write_experts_file(tmp_path, LayerSpec.from_dict(layer_spec()), 128, iter(records))
+        container_writer.write_experts_file(tmp_path, LayerSpec.from_dict(layer_spec()), 128, iter(records))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,15 +123,15 @@ def test_the_manifest_is_not_written_over_a_wrong_directory(model):
     (model / MANIFEST).unlink()
     (model / "notes").mkdir()
     with pytest.raises(FormatError, match=r"\[notes\] a converted model holds plain files"):
-        container.write_manifest(model)
+        container_writer.write_manifest(model)
     (model / "notes").rmdir()
     shutil.copy(model / EXPERTS, model / "model-experts-00009.safetensors")
     with pytest.raises(FormatError, match=r"model-experts-00009.* does not name"):
-        container.write_manifest(model)
+        container_writer.write_manifest(model)
     (model / "model-experts-00009.safetensors").unlink()
     (model / EXPERTS).unlink()
     with pytest.raises(FormatError, match=f"{EXPERTS}.* missing"):
-        container.write_manifest(model)
+        container_writer.write_manifest(model)
     assert not (model / MANIFEST).exists()
 
 
@@ -189,7 +189,7 @@ def test_a_model_file_that_the_manifest_does_not_know(model):
 def test_strange_files_and_edited_model_cards_are_nobodys_business(model):
     (model / "README.md").write_text("a card")
     (model / MANIFEST).unlink()
-    container.write_manifest(model)
+    container_writer.write_manifest(model)
     (model / "README.md").write_text("a better card")
     (model / ".gitattributes").write_text("*.safetensors filter=lfs")
     open_model(model, hash_files=True)

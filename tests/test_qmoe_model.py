@@ -11,7 +11,7 @@ import tiny_models
 from commands import process
 from mlx_lm.utils import _get_classes, load_model
 
-from tiny_qmoe_mlx import container, models, native_qmoe, ops, verify
+from tiny_qmoe_mlx import container, container_writer, models, native_qmoe, ops, verify
 from tiny_qmoe_mlx.codecs import qmoe
 from tiny_qmoe_mlx.conversion import layer as conversion_layer
 from tiny_qmoe_mlx.conversion import qmoe as conversion_qmoe
@@ -263,7 +263,7 @@ def test_a_damaged_record_is_named(made, tmp_path):
     data[at : at + 8 * layer.checksums] = container.record_checksums(spoiled).tobytes()
     path.write_bytes(data)
     (directory / "tiny_qmoe_manifest.json").unlink()
-    container.write_manifest(directory)
+    container_writer.write_manifest(directory)
     found = list(verify.find_problems(directory))
     assert [(p.layer, p.expert) for p in found] == [(layer.layer, 3)] and "first row should begin" in found[0].problem
     with pytest.raises(FormatError, match="first row should begin"):

@@ -14,7 +14,7 @@ from commands import refusal
 from huggingface_hub import metadata_load
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import budget, container, evaluate, models, native, verify
+from tiny_qmoe_mlx import budget, container, container_writer, evaluate, models, native, verify
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.errors import FormatError
@@ -33,7 +33,7 @@ def model(converted, tmp_path) -> Path:
     directory = Path(shutil.copytree(converted, tmp_path / "model"))
     for name in ("README.md", "quality.json", "rates.png", "kl.png", "tiny_qmoe_manifest.json"):
         (directory / name).unlink(missing_ok=True)
-    container.write_manifest(directory)
+    container_writer.write_manifest(directory)
     return directory
 
 
@@ -191,7 +191,7 @@ def test_layers_of_a_conversion_and_of_a_measurement_are_joined(model, quality):
     assert not (model / "tiny_qmoe_manifest.json").exists()
     text = (model / "README.md").read_text()
     assert "Not measured yet" in text and "| rest bits | 8 |" in text and "\n# tiny-3bit\n" in text
-    container.write_manifest(model)
+    container_writer.write_manifest(model)
     report.write_report(model, None, quality)
     found = report.read_quality(model)
     assert found["layers"] == [{**a, **b} for a, b in zip(rows, quality["layers"], strict=True)]

@@ -11,7 +11,7 @@ import pytest
 from container_files import layer_spec
 from records import write_model
 
-from tiny_qmoe_mlx import container, staging
+from tiny_qmoe_mlx import container_writer, staging
 from tiny_qmoe_mlx.container import MANIFEST, LayerSpec, open_model
 
 pytest_plugins = ["container_fixtures"]
@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk):
     layer = LayerSpec.from_dict(layer_spec(record_bytes=1 << 18, experts=8))
     records = (np.zeros(1 << 18, np.uint8) for _ in range(8))
     with pytest.raises(OSError, match="disk is full") as error, staging.staged_directory(small_disk / "out") as staged:
-        container.write_experts_file(staged, layer, 128, records)
+        container_writer.write_experts_file(staged, layer, 128, records)
     assert error.value.errno == errno.ENOSPC and layer.file in str(error.value)
     assert list(small_disk.iterdir()) == []
 

@@ -19,7 +19,7 @@ import records
 from commands import Result, environment, finish, generate, refusal
 from mlx.nn import Module
 
-from tiny_qmoe_mlx import budget, container, models, native, terminal
+from tiny_qmoe_mlx import budget, container, container_writer, models, native, terminal
 from tiny_qmoe_mlx.container import Container, open_model
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.generate import stream_generate
@@ -310,13 +310,13 @@ def two_sizes(model) -> Path:
     spec, first = opened.spec, opened.spec.layers[0]
     larger = dataclasses.replace(first, record_bytes=first.record_bytes + spec.alignment)
     padded = [np.pad(of_file(opened, 0, e), (0, spec.alignment)) for e in range(first.experts)]
-    container.write_experts_file(model, larger, spec.alignment, padded)
+    container_writer.write_experts_file(model, larger, spec.alignment, padded)
     layers = (larger, *(dataclasses.replace(x, record_bytes=first.record_bytes) for x in spec.layers[1:]))
     assert layers[1:] == spec.layers[1:]  # they were of one size
     config = json.loads((model / "config.json").read_text())
     config["tiny_qmoe"] = dataclasses.replace(spec, layers=layers).to_dict()
     container.write_json(model / "config.json", config)
-    container.write_manifest(model)
+    container_writer.write_manifest(model)
     return model
 
 

@@ -1,13 +1,12 @@
-"""The files of a converted model (docs/FORMAT.md, sections 1 to 3): write them, and open them with every bound checked.
+"""The files of a converted model (docs/FORMAT.md, sections 1 to 3), opened with every bound checked.
 
-Owns the manifest and the experts files; not what a record holds (codecs/), nor the reading of records while a model
-runs (streaming/store). Sizes are bytes.
+Owns the manifest and the experts files, which container_writer writes; not what a record holds (codecs/), nor the
+reading of records while a model runs (streaming/store). Sizes are bytes.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,17 +30,13 @@ from tiny_qmoe_mlx.spec import (
     bits_per_weight,
     check_version,
     expert_file_name,
-    file_header,
     file_tensors,
 )
 from tiny_qmoe_mlx.staging import (
     MANIFEST,
-    UNFINISHED,
-    atomic_file,
     check_space,
     check_target,
     staged_directory,
-    sync_file,
     write_json,
 )
 
@@ -62,92 +57,24 @@ __all__ = [
     "open_model",
     "record_checksums",
     "staged_directory",
-    "write_experts_file",
     "write_json",
-    "write_manifest",
 ]
 
 MAX_HEADER, MAX_JSON = 1 << 20, config_file.MAX_JSON
 SELF = "self_xxh3_128"
 _HEX = re.compile("[0-9a-f]{32}")
-_EXPERTS_FILE = re.compile(r"model-experts-.*\.safetensors")
+EXPERTS_FILE = re.compile(r"model-experts-.*\.safetensors")
 LOOSE = (".md", ".png")  # a model card may be edited, and its pictures left behind
 _PIECE = 1 << 20
 
 
-# ---- write
+# ---- checksums
 
 
 def record_checksums(record: np.ndarray) -> np.ndarray:
     """Checksums of a record, u64 (ceil(bytes / 65536),): xxh3-64 of each 64 KiB."""
     pieces = (record[i : i + CHECKSUM_BYTES] for i in range(0, len(record), CHECKSUM_BYTES))
     return np.array([xxhash.xxh3_64_intdigest(np.ascontiguousarray(p)) for p in pieces], "<u8")
-
-
-def write_experts_file(directory: str | Path, layer: LayerSpec, alignment: int, records: Iterable[np.ndarray]) -> int:
-    """Write one layer's experts file; it appears under its name when it is whole.
-
-    Args:
-        directory: where.
-        layer: what the file holds.
-        alignment: of the records.
-        records: u8 arrays (record_bytes,), expert 0 first; may be a generator, one record is held at a time.
-
-    Returns:
-        Bytes of the file.
-
-    Raises:
-        ValueError: a record of another size or type, or another number of records.
-        OSError: the disk is full, or as the system says. Nothing is left behind.
-    """
-    header = file_header(layer, alignment)
-    sums: list[np.ndarray] = []
-    with atomic_file(Path(directory) / layer.file) as file:
-        file.write(header)
-        for record in records:
-            if record.dtype != np.uint8 or record.shape != (layer.record_bytes,):
-                raise ValueError(
-                    f"[write_experts_file] record {len(sums)} of {layer.path} should be uint8 of {layer.record_bytes}, "
-                    f"received {record.dtype} of {record.shape}."
-                )
-            file.write(np.ascontiguousarray(record).data)
-            sums.append(record_checksums(record))
-        if len(sums) != layer.experts:
-            raise ValueError(
-                f"[write_experts_file] {layer.path} should have {layer.experts} records, received {len(sums)}."
-            )
-        file.write(np.stack(sums).tobytes())
-    return len(header) + layer.data_bytes
-
-
-def write_manifest(directory: str | Path) -> None:
-    """Write the manifest over the files of a finished directory, last, with everything on the disk before it.
-
-    Raises:
-        FormatError: config.json or an experts file is not what the format asks for.
-    """
-    directory = Path(directory)
-    spec = read_config(directory)[1]
-    files: dict[str, dict[str, Any]] = {}
-    layers = {layer.file: layer for layer in spec.layers}
-    for path in sorted(p for p in directory.iterdir() if p.name not in {MANIFEST, *UNFINISHED}):
-        if not path.is_file():
-            raise FormatError(f"[{path.name}] a converted model holds plain files only; move it out of {directory}.")
-        if _EXPERTS_FILE.fullmatch(path.name) and path.name not in layers:
-            raise FormatError(f"[{path.name}] is an experts file that {CONFIG} does not name; remove it.")
-        files[path.name] = {"bytes": path.stat().st_size}
-        layer = layers.pop(path.name, None)
-        if layer:
-            files[path.name]["header_bytes"] = read_experts_header(directory, layer, spec.alignment)
-        files[path.name]["xxh3_128"] = file_hash(path, files[path.name].get("header_bytes"), layer)
-        sync_file(path)
-    if layers:
-        raise FormatError(f"[{next(iter(layers))}] is named by {CONFIG} and missing in {directory}.")
-    manifest = {"format_version": FORMAT_VERSION, "files": files, SELF: "0" * 32}
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    digest = xxhash.xxh3_128_hexdigest(text.encode())
-    with atomic_file(directory / MANIFEST) as file:
-        file.write((text[: text.rindex("0" * 32)] + digest + text[text.rindex("0" * 32) + 32 :]).encode())
 
 
 def file_hash(path: Path, header_bytes: int | None = None, layer: LayerSpec | None = None) -> str:
@@ -354,7 +281,7 @@ def check_names(directory: Path, files: dict[str, Any], layers: dict[str, LayerS
         if type(files.get(name, {}).get("header_bytes")) is not int:
             raise FormatError(f"[{name}] is named by {CONFIG} but not by {MANIFEST}; {_AGAIN}")
     present = {p.name for p in directory.iterdir() if _is_loaded(p)}
-    experts = {n for n in files if _EXPERTS_FILE.fullmatch(n)} - set(layers)
+    experts = {n for n in files if EXPERTS_FILE.fullmatch(n)} - set(layers)
     for name in sorted((present - set(files)) | experts):
         raise FormatError(f"[{name}] does not belong to this model, and would be loaded with it; remove it.")
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from tiny_qmoe_mlx.codecs import affine, levels, packed, tuples
 from tiny_qmoe_mlx.codecs.affine import Packing
-from tiny_qmoe_mlx.container import write_experts_file
+from tiny_qmoe_mlx.container_writer import write_experts_file
 from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.affine import MOST_PADDING, affine_packing, affine_records
 from tiny_qmoe_mlx.conversion.expert_pass import groups

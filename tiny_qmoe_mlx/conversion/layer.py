@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tiny_qmoe_mlx.container import write_experts_file
+from tiny_qmoe_mlx.container_writer import write_experts_file
 from tiny_qmoe_mlx.conversion import layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.affine import affine_records
 from tiny_qmoe_mlx.conversion.calibrate import LayerTokens

@@ -19,7 +19,8 @@ from mlx.utils import tree_unflatten
 from threadpoolctl import threadpool_limits
 
 from tiny_qmoe_mlx import masked_spans, native, process
-from tiny_qmoe_mlx.container import MANIFEST, open_model, write_manifest
+from tiny_qmoe_mlx.container import MANIFEST, open_model
+from tiny_qmoe_mlx.container_writer import write_manifest
 from tiny_qmoe_mlx.conversion import coded, layerwise, rest, unfinished
 from tiny_qmoe_mlx.conversion.layer import BEFORE_LAYERS, Job, Progress, convert_layer
 from tiny_qmoe_mlx.conversion.planning import plan_layers

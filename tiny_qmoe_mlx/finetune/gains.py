@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import budget, container, footprint, models
+from tiny_qmoe_mlx import budget, container, container_writer, footprint, models
 from tiny_qmoe_mlx.codecs import rotation, trellis
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.conversion.rest import write_shard
@@ -357,8 +357,8 @@ def write_back(
                 write_shard(staged / name, new)
         for index, layer in enumerate(opened.spec.layers):
             records = _new_records(opened, store, index, factors)
-            container.write_experts_file(staged, layer, opened.spec.alignment, records)
-        container.write_manifest(staged)
+            container_writer.write_experts_file(staged, layer, opened.spec.alignment, records)
+        container_writer.write_manifest(staged)
 
 
 def _link(old: Path, new: Path) -> None:
