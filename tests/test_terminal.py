@@ -1,5 +1,6 @@
 """terminal.py: every failure is one sentence on stderr with the right exit status, and stdout stays clean."""
 
+import ast
 import errno
 import os
 import signal
@@ -10,6 +11,8 @@ import pytest
 
 from tiny_qmoe_mlx import terminal
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
+
+INTERRUPTED = b"error: interrupted\n"
 
 
 def fail(error: BaseException):
@@ -145,6 +148,76 @@ def test_a_signal_on_the_way_out_ends_the_process_without_a_traceback(interrupti
         f"    import atexit, os; atexit.register(lambda: (os.kill(os.getpid(), {int(sent)}), time.sleep(60)))"
     )
     assert child.communicate(timeout=60) == (b"", text) and child.returncode == status
+
+
+@pytest.mark.parametrize(("sent", "status", "text"), [(signal.SIGINT, 130, INTERRUPTED), (signal.SIGTERM, 143, b"")])
+def test_a_second_signal_ends_at_once_what_the_first_lets_end(interruptible, sent, status, text):
+    body = "    try: print('ready', flush=True); time.sleep(60)\n    finally: print('ends', flush=True); time.sleep(60)"
+    child = run_script(body)
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    os.kill(child.pid, sent)
+    assert child.stdout.readline() == b"ends\n"
+    os.kill(child.pid, sent)
+    assert child.communicate(timeout=60) == (b"", text) and child.returncode == status
+
+
+EVERY_MOMENT = """
+import os, signal, sys
+from tiny_qmoe_mlx import terminal
+
+def main(argv):
+    global begun
+    begun = True
+    {main}
+
+def look(frame, event, argument):  # at each instruction from the moment that main begins
+    global begun, left
+    if frame.f_code.co_filename != terminal.__file__ and frame.f_code is not main.__code__:
+        return None
+    frame.f_trace_opcodes = True
+    if begun:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.{signal})
+    return look
+
+for moment in range(1, 10000):
+    begun, left, (ours, theirs) = False, moment, os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(theirs, 2), os.close(theirs), os.close(ours)
+        sys.stderr = open(2, "w", closefd=False)
+        sys.settrace(look)
+        status = terminal.run(main)
+        sys.settrace(None)
+        os._exit(99 if left > 0 else status)
+    os.close(theirs)
+    said = open(ours, "rb").read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 99:
+        break
+    print(status, said)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "main", "ends"),
+    [
+        ("SIGINT", "return 0", {(130, INTERRUPTED), (0, b""), (130, b"")}),
+        ("SIGINT", "raise ValueError('wrong')", {(130, INTERRUPTED), (1, b"error: wrong\n"), (130, b"error: wrong\n")}),
+        ("SIGINT", "os.kill(os.getpid(), signal.SIGINT)", {(130, INTERRUPTED)}),
+        ("SIGTERM", "return 0", {(143, b""), (0, b"")}),
+        ("SIGTERM", "os.kill(os.getpid(), signal.SIGINT)", {(143, b""), (130, INTERRUPTED), (143, INTERRUPTED)}),
+    ],
+)
+def test_a_signal_at_any_instruction_of_the_end(interruptible, number, main, ends):
+    """Three of two hundred runs that were sent two Ctrl-C printed a traceback."""
+    script = EVERY_MOMENT.format(signal=number, main=main)
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert child.stderr == b""
+    found = [line.split(b" ", 1) for line in child.stdout.splitlines()]
+    assert len(found) > 20
+    assert {(int(status), ast.literal_eval(said.decode())) for status, said in found} <= ends
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -19,6 +19,7 @@ TRIPPED = (  # what Python raises where a value is not of the kind that a progra
     RecursionError,
 )  # fmt: skip
 _holding, _ours = threading.RLock(), list[bool]()
+_kept = list[int]()  # descriptors of the stderr that `quiet_panics` holds back, outermost first
 
 
 def is_panic(error: BaseException) -> bool:
@@ -76,6 +77,11 @@ def take_stderr() -> None:
     _ours.append(True)
 
 
+def stderr() -> int:
+    """The descriptor by which a line reaches the person at once, also where `quiet_panics` holds others back."""
+    return _kept[0] if _kept else STDERR
+
+
 @contextlib.contextmanager
 def quiet_panics() -> Iterator[None]:
     """In a command: what is written to stderr waits until the end, and is dropped where the end was a panic: its
@@ -93,6 +99,8 @@ def quiet_panics() -> Iterator[None]:
             yield
             return
         ends.callback(os.close, before)
+        _kept.append(before)
+        ends.callback(_kept.pop)
         panicked = False
         _flush()
         os.dup2(held.fileno(), STDERR)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
+    from types import FrameType
 
     from tiny_qmoe_mlx.serving.generation import Generation
     from tiny_qmoe_mlx.serving.sockets import Server
@@ -149,11 +150,13 @@ def _stop_on_signals() -> list[int]:
     wait for it for ever; and the system may give a signal to another thread, which does not wake this one, and handlers
     run in this one alone (a server under load never stopped).
     """
+    from tiny_qmoe_mlx import terminal
+
     asked: list[int] = []
 
-    def ask(number: int, frame: object) -> None:
+    def ask(number: int, frame: "FrameType | None") -> None:
         if asked:
-            raise KeyboardInterrupt
+            terminal.stop(number, frame)
         asked.append(number)
 
     signal.signal(signal.SIGTERM, ask)

@@ -4,6 +4,7 @@ Results go to stdout; progress and errors to stderr. Imports nothing heavy: `--h
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from tiny_qmoe_mlx.errors import shown
-from tiny_qmoe_mlx.library_errors import take_stderr
+from tiny_qmoe_mlx.library_errors import stderr, take_stderr
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 LONGEST = 4000  # characters of an error; a path may have most of them
@@ -127,16 +128,12 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     Returns:
         The exit status: 1 for errors, 130 after Ctrl-C. With `--debug` the error is raised instead.
     """
-    global _stopped
     own = argv is None
-    argv, _stopped = sys.argv[1:] if argv is None else argv, 0
+    argv = sys.argv[1:] if argv is None else argv
     take_stderr()
-    signal.signal(signal.SIGTERM, _stop)
-    # not where a shell runs this in the background; the system's own since the package was imported (__init__.py)
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
-        signal.signal(signal.SIGINT, _stop)
+    before = _hear_signals()
     try:
-        status = main(argv)
+        status = _work(main, argv)
         if sys.stdout is not None:  # it is where the caller closed it
             sys.stdout.flush()
         return status or 0
@@ -150,31 +147,79 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         if _stopped == TERMINATED:
             return TERMINATED
         error = KeyboardInterrupt() if _stopped else error
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        _say(f"error: {sentence(error)}")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     finally:
-        if own:
-            _let_leave()
+        _let_leave() if own else _hear_no_more(before)
+
+
+_stopped = 0  # the exit status that a signal asked for
+_working = False  # main runs: a signal may unwind it
+_saying = False  # the last line is being printed, after which the process ends
+
+
+def _hear_signals() -> dict[int, Any]:
+    """`stop` for Ctrl-C and a polite kill from now on; what it was before."""
+    global _stopped, _working, _saying
+    _stopped, _working, _saying = 0, True, False
+    before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    # not where a shell runs this in the background; the system's own since the package was imported (__init__.py)
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
+    return before
+
+
+def _hear_no_more(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _work(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    """main's status. A signal may still raise out of here; none does later, whatever handlers main has put in place."""
+    global _working
+    try:
+        return main(argv)
+    finally:
+        _working = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                signal.signal(number, stop)
+
+
+def _say(text: str) -> None:
+    """The last line; a signal does not break into it."""
+    global _saying
+    _saying = True
+    print(text, file=sys.stderr, flush=True)
 
 
 def _let_leave() -> None:
     """All has been said: from now on a signal ends the process at once, where Python would print what it broke into."""
     for number, status in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)):
-        if signal.getsignal(number) is _stop:
+        if signal.getsignal(number) is stop:
             signal.signal(number, lambda *_, status=status: os._exit(status))
 
 
-_stopped = 0  # the exit status that a signal asked for
-
-
-def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """Let Ctrl-C or a polite kill unwind, so that nothing half-written stays.
+def stop(signal_number: int, frame: FrameType | None) -> None:
+    """Let Ctrl-C or a polite kill unwind, so that nothing half-written stays; a second one ends the process at once, as
+    a kill does, which loses nothing either (staging.py). One that comes while the last line is printed changes nothing.
 
     Which it was is kept: a library that loads just then may make an ImportError of it.
     """
     global _stopped
-    _stopped = INTERRUPTED if signal_number == signal.SIGINT else TERMINATED
+    if _saying:
+        return
+    again, _stopped = _stopped or not _working, INTERRUPTED if signal_number == signal.SIGINT else TERMINATED
+    if again:
+        _leave(_stopped)
     raise KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit(TERMINATED)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process with its one sentence, whatever Python is doing just now."""
+    with contextlib.suppress(OSError):
+        os.write(stderr(), b"" if status == TERMINATED else b"error: interrupted\n")
+    os._exit(status)
 
 
 def check_stopped() -> None:
