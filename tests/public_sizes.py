@@ -42,8 +42,9 @@ MACS = (
     256,
     512,
 )  # GiB of memory that Macs with Apple silicon are sold with
-TOKENIZER_BYTES = 20_000_000  # of tokenizer.json, as large as most are: it takes about 14 times that in memory
-PROGRAM_BYTES = 120_000_000  # footprint's guess for macOS, whatever machine this runs on
+TOKENIZER_FILE_BYTES = 20_000_000  # as large as most are
+# footprint's guesses for macOS, whatever machine this runs on
+MAC = {"PROGRAM_BYTES": 120_000_000, "TOKENIZER": (1250, 14)}
 NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32", mx.int32: "I32"}
 
 
@@ -78,7 +79,7 @@ def smallest_macs(public: Public) -> tuple[int, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         container = headers(public, Settings(bits=2.0, calibration="none"), Path(folder))
-        with patch.object(footprint, "PROGRAM_BYTES", PROGRAM_BYTES):
+        with patch.multiple(footprint, **MAC):
             found = budget.split(container, sys.maxsize, context(public), cpu=False)
     return _mac(found.min_budget_bytes), _mac(found.resident_budget_bytes)
 
@@ -101,7 +102,7 @@ def headers(public: Public, settings: Settings, directory: Path) -> Container:
     config = {**public.config, **(quantization if settings.rest_bits < 16 else {})}
     write_header(directory / rest.TOP, rest.weights(model))
     with open(directory / "tokenizer.json", "wb") as file:
-        file.truncate(TOKENIZER_BYTES)
+        file.truncate(TOKENIZER_FILE_BYTES)
     return Container(directory, config, spec, {rest.TOP: {}})
 
 

@@ -82,10 +82,13 @@ def test_what_was_miscounted_is_found():
 def test_what_a_load_leaves_behind_is_found():
     before = server_load.Held(100_000_000, 20, 6)
     well = {"tiny_qmoe_peak_memory_bytes": 1, "tiny_qmoe_budget_bytes": 2}
-    assert server_load.grown(before, before, well) == []
-    for change in ({"bytes": 102_000_001}, {"threads": 21}, {"files": 7}):
-        assert len(server_load.grown(before, dataclasses.replace(before, **change), well)) == 1
-    assert len(server_load.grown(before, before, {**well, "tiny_qmoe_budget_bytes": 0})) == 1
+    flat = [100] * 3
+    assert server_load.grown(before, before, flat, well) == []
+    for change in ({"threads": 21}, {"files": 7}):
+        assert len(server_load.grown(before, dataclasses.replace(before, **change), flat, well)) == 1
+    assert len(server_load.grown(before, before, flat, {**well, "tiny_qmoe_budget_bytes": 0})) == 1
+    assert server_load.grown(before, before, [100, 101, 99, 500, 100, 101, 102, 103, 101], well) == []
+    assert len(server_load.grown(before, before, [100, 101, 99, 100, 100, 100, 103, 103, 103], well)) == 1
 
 
 def test_a_client_that_is_starved_is_found():

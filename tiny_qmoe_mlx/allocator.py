@@ -6,6 +6,7 @@ neither MLX nor Python knew of. With a fixed size they are gone when MLX's cache
 """
 
 import ctypes
+import gc
 import sys
 
 import mlx.core as mx
@@ -21,6 +22,21 @@ def return_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
+
+
+def give_back() -> None:
+    """What is free goes back to the system: on Linux with glibc, and on macOS.
+
+    A tokenizer is made of a hundred times as many small blocks as are left of it: Gemma's (262,144 tokens) held 449 MB,
+    of which 122 were its own.
+    """
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if trim := getattr(library, "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
+    elif relieve := getattr(library, "malloc_zone_pressure_relief", None):
+        relieve.restype = ctypes.c_size_t
+        relieve(None, ctypes.c_size_t(0))
 
 
 def forget_draws() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import BudgetError, shown
-from tiny_qmoe_mlx.footprint import kv_bytes, picks, program_bytes, scratch_bytes, weight_bytes
+from tiny_qmoe_mlx.footprint import kv_bytes, loading_bytes, picks, program_bytes, scratch_bytes, weight_bytes
 
 UNITS = {
     "": 1,
@@ -28,8 +28,9 @@ DEFAULT_CONTEXT = 2048
 class Budget:
     """How a budget is spent.
 
-    context: tokens that kv_bytes is for; slots: per record size, the number of pool slots; least_slots: the fewest that
-    work; mode: "resident" where every expert has one, else "streamed".
+    context: tokens that kv_bytes is for; loading_bytes: the most that is held before there is a pool; slots: per record
+    size, the number of pool slots; least_slots: the fewest that work; mode: "resident" where every expert has one, else
+    "streamed".
     """
 
     budget_bytes: int
@@ -38,6 +39,7 @@ class Budget:
     weight_bytes: int
     kv_bytes: int
     scratch_bytes: int
+    loading_bytes: int
     slots: dict[int, int]
     mode: str
     min_budget_bytes: int
@@ -111,12 +113,12 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
     Raises:
         BudgetError: too small, with the smallest budget that works.
     """
-    runtime, weights = program_bytes(container.directory), weight_bytes(container, cpu)
+    runtime, weights = program_bytes(container), weight_bytes(container, cpu)
     kv, scratch = kv_bytes(container.config, context, cpu), scratch_bytes(container, context, cpu)
-    fixed = runtime + weights + kv + scratch
+    fixed, loading = runtime + weights + kv + scratch, loading_bytes(container, cpu)
     counts = _records(container)
     least = {size: min(count, picks(container)) for size, count in counts.items()}
-    smallest, resident = (fixed + sum(s * n for s, n in slots.items()) for slots in (least, counts))
+    smallest, resident = (max(loading, fixed + sum(s * n for s, n in slots.items())) for slots in (least, counts))
     if budget < smallest:
         raise BudgetError(
             f"[memory] {show(budget)} is too small for this model with a context of {context} tokens; the smallest "
@@ -125,7 +127,7 @@ def split(container: Container, budget: int, context: int = DEFAULT_CONTEXT, cpu
         )
     slots = counts if budget >= resident else _share(counts, least, budget - fixed)
     mode = "resident" if budget >= resident else "streamed"
-    return Budget(budget, context, runtime, weights, kv, scratch, slots, mode, smallest, resident, least)
+    return Budget(budget, context, runtime, weights, kv, scratch, loading, slots, mode, smallest, resident, least)
 
 
 def _records(container: Container) -> dict[int, int]:

@@ -5,7 +5,6 @@ Sizes are bytes. `plan --check` runs a model and prints how far the prediction w
 
 import math
 import sys
-from pathlib import Path
 
 from tiny_qmoe_mlx.container import Container
 from tiny_qmoe_mlx.errors import FormatError, shown
@@ -16,7 +15,11 @@ MB = 1_000_000
 LINUX = sys.platform == "linux"
 # The interpreter with numpy, MLX and mlx-lm: measured on Linux once a model has run; elsewhere a guess.
 PROGRAM_BYTES = (85 if LINUX else 120) * MB
-TOKENIZER_FACTOR = 14  # memory of a tokenizer over the size of its tokenizer.json, measured
+# A tokenizer, in bytes for a token and for a byte of its tokenizer.json (long tokens, merges), whichever is more:
+# measured on Linux with 49,152, 150,000 and 262,144 tokens once what making it takes has gone back to the system
+# (allocator.py); elsewhere that is taken to stay. MAKING: the most while it is made.
+TOKENIZER = (550, 4) if LINUX else (1250, 14)
+TOKENIZER_MAKING = (1650, 22.5)
 MLX_CACHE_BYTES = 32 * MB  # freed arrays that MLX may keep
 READERS = 8  # threads that decode records of experts as they read them
 WORK_BYTES = 16  # a weight, while a matrix of a whole decoder layer is expanded: codes, steps, scales, values
@@ -58,10 +61,29 @@ FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INTEGER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "BOOL": 1}
 
 
-def program_bytes(directory: Path) -> int:
+def program_bytes(container: Container) -> int:
     """Bytes of the interpreter, the libraries, MLX's cache and the model's tokenizer."""
-    file = directory / "tokenizer.json"
-    return PROGRAM_BYTES + MLX_CACHE_BYTES + (TOKENIZER_FACTOR * file.stat().st_size if file.exists() else 0)
+    return PROGRAM_BYTES + MLX_CACHE_BYTES + _tokenizer_bytes(container, *TOKENIZER)
+
+
+def _tokenizer_bytes(container: Container, a_token: float, a_byte: float) -> int:
+    file = container.directory / "tokenizer.json"
+    if not file.exists():
+        return 0
+    tokens = _text_config(container.config).get("vocab_size", 0)
+    return int(max(a_token * tokens, a_byte * file.stat().st_size))
+
+
+def loading_bytes(container: Container, cpu: bool) -> int:
+    """The most that is held before there is a pool: while the tokenizer is made, or while weights are read, the largest
+    first, each on the CPU beside what it was before it became float32."""
+    making = PROGRAM_BYTES + _tokenizer_bytes(container, *TOKENIZER_MAKING)
+    held = most = 0
+    sizes = [(_tensor_bytes(*tensor, cpu), tensor[0]) for tensor in tensor_sizes(container).values()]
+    for size, dtype in sorted(sizes, reverse=True):
+        held += size
+        most = max(most, held + (size // 2 if cpu and FLOAT_TYPES.get(dtype) == 2 else 0))
+    return max(making, program_bytes(container) + most)
 
 
 def top_k(config: dict) -> int:
@@ -92,11 +114,12 @@ def tensor_sizes(container: Container) -> dict[str, tuple[str, list[int]]]:
 
 def weight_bytes(container: Container, cpu: bool) -> int:
     """Bytes of the non-expert weights in memory; floating point becomes float32 on the CPU."""
-    total = 0
-    for dtype, shape in tensor_sizes(container).values():
-        width = 4 if cpu and dtype in FLOAT_TYPES else FLOAT_TYPES.get(dtype) or INTEGER_BYTES.get(dtype, 8)
-        total += width * math.prod(shape)
-    return total
+    return sum(_tensor_bytes(dtype, shape, cpu) for dtype, shape in tensor_sizes(container).values())
+
+
+def _tensor_bytes(dtype: str, shape: list[int], cpu: bool) -> int:
+    width = 4 if cpu and dtype in FLOAT_TYPES else FLOAT_TYPES.get(dtype) or INTEGER_BYTES.get(dtype, 8)
+    return width * math.prod(shape)
 
 
 def longest_context(config: dict) -> int:

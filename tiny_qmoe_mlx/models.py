@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
@@ -157,10 +157,11 @@ def load(
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu
     container, budget = prepare(directory, memory, context, cpu)
+    tokenizer = tokenizer or open_tokenizer(directory)  # before the weights: making one takes five times its memory
     with weights_of(directory):
         model = _build(directory, container, cpu)
     attach(model, container, budget, streaming, progress)
-    return model, tokenizer or open_tokenizer(directory)
+    return model, tokenizer
 
 
 def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tuple[Container, budgets.Budget]:
@@ -258,12 +259,21 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
 def finish(model: nn.Module, cpu: bool) -> None:
     """Bring a model's own weights into memory, in the form that this device computes with."""
     if cpu:
-        model.set_dtype(mx.float32)  # MLX's CPU backend is slow or incomplete in half precision
+        _widen(model)
     use_cpu_kernels(model)
     mx.eval(model.parameters())
     allocator.forget_draws()
     gc.collect()
     mx.clear_cache()
+
+
+def _widen(model: nn.Module) -> None:
+    """float32 for all that is narrower: MLX's CPU backend is slow or incomplete in half precision. The largest first,
+    while little else is in memory beside its original."""
+    model.set_dtype(mx.float32)
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for array in sorted(arrays.values(), key=lambda a: -a.nbytes):
+        mx.eval(array)
 
 
 def _load_resident(runtime: Runtime, progress: Progress) -> None:

@@ -75,6 +75,7 @@ def plan(
         "weight_bytes": most.weight_bytes,
         "kv_bytes": most.kv_bytes,
         "scratch_bytes": most.scratch_bytes,
+        "loading_bytes": most.loading_bytes,
         "pool_bytes": part.pool_bytes if part else None,
         **(_expected(container, part, probe, profile, trace, disk_folder) if part else {}),
     }
@@ -118,7 +119,8 @@ def check(directory: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
     """
     run = _run(directory, found)
     parts = ("runtime_bytes", "weight_bytes", "kv_bytes", "scratch_bytes", "pool_bytes")
-    pairs = {"peak_memory_bytes": (sum(found[part] for part in parts), run["peak_memory_bytes"])}
+    most = max(found["loading_bytes"], sum(found[part] for part in parts))
+    pairs = {"peak_memory_bytes": (most, run["peak_memory_bytes"])}
     if found["mode"] == "streamed":
         pairs["hit_rate"] = (found["hit_rate"], run["decode_hit_rate"])
     if "tokens_per_s" in found:

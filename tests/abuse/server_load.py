@@ -5,6 +5,9 @@
 Each prompt has a number of its own and a greedy answer that the library gave alone, and a single client got: an answer
 that is lost, cut, crossed with another or computed wrongly does not equal it. Prompts where two tokens come within a
 rounding error of each other are left out, as a batch may choose the other.
+
+Memory is looked at each second: what a process holds has in it what is free and kept for the next call, so the medians
+of the first and the last third of the time are compared.
 """
 
 import argparse
@@ -16,7 +19,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +101,24 @@ def crowd(port: int, asked: list[Question], clients: int, seconds: float, seed: 
 
     with ThreadPoolExecutor(clients) as pool:
         return list(pool.map(one, range(clients)))
+
+
+@contextmanager
+def watched(pid: int) -> Iterator[list[int]]:
+    """Resident bytes of a process, each second while the block runs; at least one look."""
+    sizes, over = [held(pid).bytes], threading.Event()
+
+    def look() -> None:
+        while not over.wait(1):
+            sizes.append(held(pid).bytes)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield sizes
+    finally:
+        over.set()
+        thread.join()
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -194,19 +217,20 @@ def attack(folder: Path, model: Path, clients: int, seconds: float, seed: int, s
         faults = [f"a single client: {reply.fault}" for reply in single if reply.fault]
         crowd(server.port, asked, clients, seconds / 10, seed + 1)  # after which buffers and caches have their size
         before, process = quiet(server, files)
-        groups = crowd(server.port, asked, clients, seconds, seed)
+        with watched(server.child.pid) as looks:
+            groups = crowd(server.port, asked, clients, seconds, seed)
         after, later = quiet(server, files)
         replies = [reply for group in groups for reply in group]
         faults += [f"{reply.kind}: {reply.fault}" for reply in replies if reply.fault]
         faults += miscounted(before, after, replies, 1)
-        faults += [*grown(process, later, after), *starved(groups)]
+        faults += [*grown(process, later, looks, after), *starved(groups)]
         ends, stop_s, status = stop_under_load(server, asked, clients)
     if ends["broken"] or status != 0 or stop_s > GRACE_S + 10:
         faults.append(f"the stop: {dict(ends)}, exit status {status} after {stop_s:.1f} s")
     if any("Traceback" in line for line in server.errors):
         faults.append("the server's log has a traceback: " + " ".join(server.errors)[-600:])
     stop = {"answers while it stopped": ", ".join(f"{n} {w}" for w, n in ends.items()), "seconds to stop": stop_s}
-    return Outcome({**tallied(groups), **latencies(replies), **sizes(process, later, after), **stop}, faults)
+    return Outcome({**tallied(groups), **latencies(replies), **sizes(process, later, looks, after), **stop}, faults)
 
 
 def quiet(server: Server, files: int) -> tuple[dict[str, float], Held]:
@@ -222,15 +246,22 @@ def quiet(server: Server, files: int) -> tuple[dict[str, float], Held]:
     return metrics, found
 
 
-def grown(before: Held, after: Held, metrics: dict[str, float]) -> list[str]:
+def thirds(sizes: list[int]) -> tuple[int, int]:
+    """The medians of the first and of the last third."""
+    count = max(1, len(sizes) // 3)
+    return round(statistics.median(sizes[:count])), round(statistics.median(sizes[-count:]))
+
+
+def grown(before: Held, after: Held, looks: list[int], metrics: dict[str, float]) -> list[str]:
     """What the load has left behind."""
     faults = []
     for what in ("threads", "files"):
         old, new = getattr(before, what), getattr(after, what)
         if new > old:
             faults.append(f"{new} {what} after the load, {old} before")
-    if after.bytes > before.bytes * 1.02:
-        faults.append(f"{after.bytes} bytes resident after the load, {before.bytes} before")
+    first, last = thirds(looks)
+    if last > 1.02 * first:
+        faults.append(f"{last} bytes resident in the last third of the load, {first} in the first")
     if metrics["tiny_qmoe_peak_memory_bytes"] > metrics["tiny_qmoe_budget_bytes"]:
         faults.append("more memory held than the budget")
     return faults
@@ -264,11 +295,12 @@ def tallied(groups: list[list[Reply]]) -> dict[str, Any]:
     }
 
 
-def sizes(before: Held, after: Held, metrics: dict[str, float]) -> dict[str, Any]:
-    megabytes = [round(size / 1e6, 1) for size in (before.bytes, after.bytes)]
+def sizes(before: Held, after: Held, looks: list[int], metrics: dict[str, float]) -> dict[str, Any]:
+    megabytes = [round(size / 1e6, 1) for size in (*thirds(looks), before.bytes, after.bytes)]
     share = metrics["tiny_qmoe_peak_memory_bytes"] / metrics["tiny_qmoe_budget_bytes"]
     return {
-        "resident MB before and after": f"{megabytes[0]}, {megabytes[1]}",
+        "resident MB under load, medians of the first and last third": f"{megabytes[0]}, {megabytes[1]}",
+        "resident MB at rest, before and after": f"{megabytes[2]}, {megabytes[3]}",
         "most memory over the budget": round(share, 3),
         "threads, open files before and after": f"{before.threads}, {before.files}; {after.threads}, {after.files}",
     }

@@ -171,6 +171,7 @@ def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
             f"[tokenizer] {directory} should hold a tokenizer (tokenizer.json, or tokenizer.model) and holds none."
         )
     tokenizer.__class__ = Tokenizer
+    allocator.give_back()
     return tokenizer
 
 
