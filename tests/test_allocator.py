@@ -7,8 +7,6 @@ import sys
 import pytest
 import tiny_models
 
-from tiny_qmoe_mlx import allocator, server
-
 BODY = """
 import sys
 import numpy as np
@@ -86,12 +84,3 @@ def test_loads_leave_nothing_behind(tmp_path):
     for how, right in (("", lambda grown: grown < 1 << 20), ("draws", lambda grown: grown > 2 << 20)):
         done = subprocess.run([sys.executable, "-c", LOADS, source, how], capture_output=True, text=True, check=True)
         assert right(int(done.stdout)), (how, done.stdout)
-
-
-def test_a_server_that_waits_puts_its_heap_in_order(monkeypatch):
-    """Threads left 10 MB of holes in ten minutes under load."""
-    asked: list[int] = []
-    monkeypatch.setattr(server, "TRIM_S", 0)
-    monkeypatch.setattr(allocator, "give_back", lambda: asked.append(15))
-    server._wait(asked)
-    assert asked == [15]

@@ -6,6 +6,7 @@ neither MLX nor Python knew of. With a fixed size they are gone when MLX's cache
 """
 
 import ctypes
+import gc
 import sys
 
 import mlx.core as mx
@@ -24,11 +25,12 @@ def return_large_blocks() -> None:
 
 
 def give_back() -> None:
-    """What is free goes back to the system, on Linux with glibc and on macOS; milliseconds.
+    """What is free goes back to the system: on Linux with glibc, and on macOS.
 
-    Of what making a tokenizer takes, little is left, but all over the heap: Gemma's (262,144 tokens) held 449 MB, of
-    which 122 were its own. A server's heap grew by 10 MB in ten minutes that only free blocks had grown.
+    A tokenizer is made of a hundred times as many small blocks as are left of it: Gemma's (262,144 tokens) held 449 MB,
+    of which 122 were its own.
     """
+    gc.collect()
     library = ctypes.CDLL(None)
     if trim := getattr(library, "malloc_trim", None):
         trim(ctypes.c_size_t(0))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NEEDS = "0.32"
 POLL_S = 0.1  # seconds between two looks for a signal
-TRIM_S = 10  # seconds after which free memory goes back to the system
 PARTS = (
     "APIHandler",
     "BatchGenerator",
@@ -135,24 +134,13 @@ def serve(listening: "Server", generation: "Generation", args: "argparse.Namespa
     terminal.check_stopped()  # before
     clients = answer(listening, generation)
     print(ready(args, listening.server_port), flush=True)
-    _wait(asked)
+    while not asked:
+        time.sleep(POLL_S)
     listening.shutdown()
     clients.join()
     listening.socket.close()  # nobody else connects
     if not generation.drain(args.grace):
         print(f"answers that took more than {args.grace:g} s were cut off", file=sys.stderr)
-
-
-def _wait(asked: list[int]) -> None:
-    """Until there is a signal; the heap, which threads leave full of holes, is put in order now and then."""
-    from tiny_qmoe_mlx import allocator
-
-    trimmed = time.monotonic()
-    while not asked:
-        time.sleep(POLL_S)
-        if time.monotonic() > trimmed + TRIM_S:
-            allocator.give_back()
-            trimmed = time.monotonic()
 
 
 def _stop_on_signals() -> list[int]:

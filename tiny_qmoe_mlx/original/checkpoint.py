@@ -6,7 +6,6 @@ here but the experts that are asked for, a few at a time (source.py).
 """
 
 import copy
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +171,6 @@ def open_tokenizer(directory: Path, config: dict) -> TokenizerWrapper:
             f"[tokenizer] {directory} should hold a tokenizer (tokenizer.json, or tokenizer.model) and holds none."
         )
     tokenizer.__class__ = Tokenizer
-    gc.collect()
     allocator.give_back()
     return tokenizer
 
