@@ -15,7 +15,7 @@ import sys
 import mlx.core as mx
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
-OWN_MAPPING_BYTES, HEAPS = 256 << 10, 2
+OWN_MAPPING_BYTES, HEAPS = 64 << 10, 2
 
 
 def keep_little() -> None:

@@ -3,7 +3,6 @@
 `load` is the one way in: it checks the files, splits the budget, and connects the layers with the pool.
 """
 
-import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -263,8 +262,8 @@ def finish(model: nn.Module, cpu: bool) -> None:
     use_cpu_kernels(model)
     mx.eval(model.parameters())
     allocator.forget_draws()
-    gc.collect()
     mx.clear_cache()
+    allocator.give_back()
 
 
 def _widen(model: nn.Module) -> None:

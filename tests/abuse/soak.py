@@ -154,7 +154,7 @@ class Soak:
         """The model, or the model anew."""
         if self.model is not None:
             self.model.close()
-        self.model = None  # or two models' weights would be in memory
+        self.model = self.tokenizer = None  # or those of two models would be in memory
         self.model, self.tokenizer = models.load(self.directory, bounds(self.directory)[1], CONTEXT)
         assert self.model.tiny_qmoe.budget.mode == "streamed"
 
