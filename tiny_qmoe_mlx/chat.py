@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tiny_qmoe_mlx import generate_options as options
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import locate, paths, terminal
 from tiny_qmoe_mlx.generate import decoding, measure, summary, write
 
 if TYPE_CHECKING:
@@ -352,7 +352,7 @@ SPOKEN = ("/stats", "/help")  # whose text is the result, also where nobody sits
 def _file(command: str, name: str) -> Path:
     if not name:
         raise ValueError(f"[chat] {command} should be followed by a file's name.")
-    return Path(name).expanduser()
+    return paths.expanded(name)
 
 
 def read_messages(file: Path) -> list[dict[str, str]]:

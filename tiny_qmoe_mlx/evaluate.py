@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     text = read_text(Path(args.text), "text")
     config = _config(args, quiet)
     model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
-    against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
+    against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against is not None else None
     windows = windows_of(text, args.window, args.tokens, tokenizer, config)
     with terminal.Bars(quiet) as bars, blas.shared_machine():
         found = evaluate(model, windows, against, bars)
@@ -119,7 +119,7 @@ def _config(args: argparse.Namespace, quiet: bool) -> dict[str, Any]:
     from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
     from tiny_qmoe_mlx.original.checkpoint import read_config
 
-    names = [name for name in (args.model, args.against) if name]
+    names = [name for name in (args.model, args.against) if name is not None]
     configs = [read_config(locate.model_directory(name, quiet)) for name in names]
     if len({is_encoder_decoder(config) for config in configs}) == 2:
         raise ValueError("[evaluate] --model and --against should be both encoder-decoders or neither, one of them is.")

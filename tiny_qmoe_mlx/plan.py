@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import locate, paths, terminal
 
 EXAMPLES = """
   python -m tiny_qmoe_mlx.plan --model demo
@@ -195,7 +195,7 @@ def _plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     quiet = args.quiet or args.json
     options = (args.memory, args.context, not args.no_probe, args.profile, args.trace)
-    if args.model == locate.DEMO or Path(args.model).expanduser().exists():
+    if args.model == locate.DEMO or paths.expanded(args.model).exists():
         require_no_revision(args.model, args.revision)
         directory = locate.model_directory(args.model, quiet)
         found = plan(directory, *options)

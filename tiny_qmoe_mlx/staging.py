@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tiny_qmoe_mlx import paths
 from tiny_qmoe_mlx.disk_errors import named
 
 MANIFEST = "tiny_qmoe_manifest.json"
@@ -96,7 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_named(path: Path, value: Any) -> None:
     """The same into a file that a person names: through links, and into a device or a pipe as it is."""
     if path.exists() and not path.is_file():
-        with open(path, "w", encoding="utf-8") as file:
+        with named(path), open(path, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
     else:
@@ -137,7 +138,7 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         FileExistsError: `out` is in the way, and what to do about it.
         OSError: it cannot be made or renamed.
     """
-    target = Path(out).resolve()
+    target = paths.real(out)
     clear_leftovers(target)
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +161,14 @@ def check_target(out: str | Path, overwrite: bool = False) -> None:
 
     Raises:
         FileExistsError: what is there, and what to do.
+        FormatError: its name is no text.
     """
-    out = Path(out).resolve()
+    out = paths.real(out)
+    if out.is_symlink():
+        raise FileExistsError(
+            errno.EEXIST, f"[{out}] is a link that leads in a circle; remove it or choose another name"
+        )
+    paths.require_text(out, "--mlx-path")
     if not out.exists():
         return
     if not out.is_dir() or out.is_mount():
@@ -191,7 +198,7 @@ def _listed(out: Path) -> set[str]:
 
 def clear_leftovers(out: str | Path) -> None:
     """Clear what killed processes left beside an output, and bring back a model that one had set aside."""
-    target = Path(out).resolve()
+    target = paths.real(out)
     if not target.parent.is_dir():
         return
     pattern = re.compile(re.escape(target.name) + r"\.(partial|replaced)-(\d+)")

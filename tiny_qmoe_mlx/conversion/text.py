@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tiny_qmoe_mlx import paths
 from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 
@@ -131,8 +132,9 @@ def read_text(path: Path, where: str = "calibration") -> str:
     """The text of a calibration file, or of another one that `where` names in errors.
 
     Raises:
-        FormatError: missing, empty, or not UTF-8 text.
+        FormatError: missing, empty, or not UTF-8 text; or its name is none.
     """
+    paths.require_text(path.name, where)
     if not path.is_file():
         raise FormatError(f"[{where}] {path} should be a text file; there is no such file.")
     raw = read_bytes(path)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tiny_qmoe_mlx import plain_files
+from tiny_qmoe_mlx import paths, plain_files
 from tiny_qmoe_mlx.disk_reads import read_header, read_tensor
 from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.staging import (
@@ -54,7 +54,7 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: `out` is in the way, or the unfinished directory is a stranger's.
         OSError: another conversion writes the same output, or the system says no.
     """
-    target = Path(out).resolve()
+    target = paths.real(out)
     check_target(target, overwrite)
     directory = target.with_name(target.name + ".partial")
     lock = _lock(directory)
