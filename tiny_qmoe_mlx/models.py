@@ -25,7 +25,7 @@ from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import RecordExperts, use_cpu_kernels
-from tiny_qmoe_mlx.library_errors import computing
+from tiny_qmoe_mlx.library_errors import computing, is_compiler
 from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import adapted, checkpoint, dense
 from tiny_qmoe_mlx.runtime import Runtime, Streaming
@@ -246,7 +246,7 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
     try:
         model, _ = load_model(directory, True, model_config=NOT_RUN, get_model_classes=model_classes(container.spec))
     except Exception as error:  # a config that contradicts itself trips mlx-lm in many ways
-        if isinstance(error, FormatError | MemoryError) or is_disk(error):
+        if isinstance(error, FormatError | MemoryError) or is_disk(error) or is_compiler(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(
