@@ -1,5 +1,5 @@
-"""Paths as a person gives them: where pathlib raises a RuntimeError (a link in a circle, the home of nobody), these leave
-the path as it is, and the system's own word for it follows."""
+"""Paths as a person gives them: where pathlib raises a RuntimeError (a link in a circle, the home of nobody), these
+leave the path as it is, and the system's own word for it follows."""
 
 import os
 from pathlib import Path
