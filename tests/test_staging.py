@@ -56,6 +56,11 @@ def test_what_is_in_the_way_is_never_removed(tmp_path, model):
     with pytest.raises(OSError, match="thesis.tex"), staging.staged_directory(model, overwrite=True):
         raise AssertionError("should have been refused at once")
     assert (tmp_path / "full" / "thesis.tex").read_text() == (model / "thesis.tex").read_text() == "mine"
+    (model / "thesis.tex").rename(model / ".thesis")  # nor what a listing does not show, as a repository's .git
+    with pytest.raises(OSError, match="holds .thesis, which no conversion wrote"):
+        staging.check_target(model, overwrite=True)
+    (model / ".thesis").rename(model / ".gitattributes")
+    staging.check_target(model, overwrite=True)
 
 
 def test_a_converted_model_is_replaced_only_when_the_new_one_is_whole(model):

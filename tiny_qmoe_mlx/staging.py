@@ -21,6 +21,7 @@ from tiny_qmoe_mlx.disk_errors import named
 MANIFEST = "tiny_qmoe_manifest.json"
 PLAN, STATE, TOKENS = "conversion.json", "state.safetensors", "calibration.npy"
 UNFINISHED = {PLAN, STATE, TOKENS}  # of a conversion under way; no part of the model
+HARMLESS = {".DS_Store", ".cache", ".gitattributes", ".gitignore"}  # that systems and the hub put beside a model
 
 
 def sync_directory(directory: Path) -> None:
@@ -182,7 +183,7 @@ def check_target(out: str | Path, overwrite: bool = False) -> None:
         raise FileExistsError(errno.EEXIST, sentence)
     if not overwrite:
         raise FileExistsError(errno.EEXIST, f"[{out}] is a converted model already; --overwrite replaces it")
-    foreign = sorted(n for n in names - _listed(out) - UNFINISHED if not n.startswith("."))
+    foreign = sorted(n for n in names - _listed(out) - UNFINISHED - HARMLESS if not n.startswith((".partial-", "._")))
     if foreign:
         sentence = f"[{out}] holds {foreign[0]}, which no conversion wrote; move it away or choose another directory"
         raise FileExistsError(errno.EEXIST, sentence)
