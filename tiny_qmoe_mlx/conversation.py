@@ -13,11 +13,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.budget import DEFAULT_CONTEXT
-from tiny_qmoe_mlx.chat_template import Message, render
+from tiny_qmoe_mlx.chat_template import TRIAL, Message, render
 from tiny_qmoe_mlx.generate import stream_generate
 
 ROLES = ("system", "user", "assistant")
-TRIAL = {"role": "user", "content": "."}  # the shortest question: what refuses it would refuse any
 
 
 class ContextFull(ValueError):
