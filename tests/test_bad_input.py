@@ -92,6 +92,8 @@ REFUSED = [
     ("generate --model converted", "should be some text, it is empty; give --prompt TEXT"),
     ("generate --model converted --prompt ''", "should be some text, it is empty"),
     ("generate --model converted --prompt ' \n\t '", "should be some text, it is empty"),
+    (f"generate --model converted --max-tokens 1 --prompt '{'word ' * 4000}'",
+     r"\[prompt\] has 20000 characters, at least 5000 tokens; the model's context is 1024; give a shorter prompt"),
     (f"generate --model converted --max-tokens 1 --prompt '{'word ' * 300}'",
      "has 1500 tokens and --max-tokens is 1; .* the model's 1024; give a shorter prompt"),
     (f"{RUN} --max-tokens 1024", "has 1 tokens and --max-tokens is 1024; .* the model's 1024"),

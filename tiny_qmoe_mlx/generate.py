@@ -178,6 +178,7 @@ def main(argv: list[str]) -> int:
         fills = masked_spans.SENTINEL.search(text) is not None
     tokenizer = models.open_tokenizer(directory)
     setup.check_tokens(directory, tokenizer, args)
+    setup.check_length(directory, tokenizer, text)
     cache = prompt_cache.open_prompt_cache(directory, args)
     prompt = setup.prompt_ids(tokenizer, text, args)
     context = setup.context(directory, len(prompt), prompt_cache.cached_tokens(cache), args)
