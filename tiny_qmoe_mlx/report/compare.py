@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 from tiny_qmoe_mlx import budget, masked_spans, models
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import writer
-from tiny_qmoe_mlx.conversion.text import beginning
+from tiny_qmoe_mlx.conversion.text import beginning, text_tokens
 from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.masked_spans import Masked, is_encoder_decoder
 from tiny_qmoe_mlx.original import dense
@@ -117,7 +117,10 @@ def windows_of(text: str, length: int, tokens: int, tokenizer: Any, config: dict
         ValueError: fewer than two tokens, one that the model does not have, or a window with more spans than the
             tokenizer has sentinels.
     """
-    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    most = (
+        8 * tokens + length if is_encoder_decoder(config) else tokens + 1
+    )  # of the tokens a fifth at least is predicted
+    ids = text_tokens(tokenizer, text, most).tolist()
     if ids:
         check_ids(config, ids, "text")
     if not is_encoder_decoder(config):
