@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import blas, locate, terminal
-from tiny_qmoe_mlx.staging import MANIFEST
+from tiny_qmoe_mlx.staging import MANIFEST, finite
 
 EXAMPLES = """
   python -m tiny_qmoe_mlx.evaluate --model qwen3-2bit --text held-out.txt
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
         read = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)
         found["bits_per_byte"] = found["nll"] * found["tokens"] / math.log(2) / max(1, read)
     if args.json:
-        terminal.print_json({"model": args.model, "against": args.against, "text": args.text, **found})
+        terminal.print_json({"model": args.model, "against": args.against, "text": args.text, **finite(found)})
     else:
         print("\n".join(_lines(found)))
     return 0
@@ -140,7 +140,7 @@ def _report(args: argparse.Namespace, quiet: bool) -> int:
     for note in report.write_report(directory, source, quality):
         print(note, file=sys.stderr)
     if args.json:
-        terminal.print_json({"model": args.model, "against": args.against, **quality})
+        terminal.print_json({"model": args.model, "against": args.against, **finite(quality)})
     else:
         kl = quality["kl"]
         print(
