@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from tiny_qmoe_mlx.disk_errors import named
 
 MANIFEST = "tiny_qmoe_manifest.json"
 PLAN, STATE, TOKENS = "conversion.json", "state.safetensors", "calibration.npy"
+LONGEST_S = 10.0  # that another process is waited for, which writes the same file
 UNFINISHED = {PLAN, STATE, TOKENS}  # of a conversion under way; no part of the model
 HARMLESS = {".DS_Store", ".cache", ".gitattributes", ".gitignore"}  # that systems and the hub put beside a model
 
@@ -51,7 +53,8 @@ def disk_full(error: OSError, path: Path) -> OSError:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file for writing that appears under its name only when it is whole and on the disk.
+    """Open a binary file for writing that appears under its name only when it is whole and on the disk. Of several
+    processes that write it one does at a time.
 
     Args:
         path: the final name; the temporary one adds ``.partial``, which no pattern of mlx-lm takes for a model's file.
@@ -59,8 +62,57 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: as the system says; a full disk with a sentence that names the file.
     """
-    with replaced_file(path, path.with_name(path.name + ".partial")) as temporary, open(temporary, "wb") as file:
-        yield file
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        held = _new_file(temporary)
+    except OSError as error:
+        raise disk_full(error, path) from error
+    try:
+        with replaced_file(path, temporary), open(os.dup(held), "wb") as file:
+            yield file
+    finally:
+        os.close(held)
+
+
+def _new_file(path: Path) -> int:
+    """A handle of an empty file that is locked until it is closed, in the place of what a killed process left there.
+
+    Raises:
+        OSError: another process has been writing it for LONGEST_S, or as the system says.
+    """
+    until = time.monotonic() + LONGEST_S
+    while True:
+        if path.is_symlink():  # never ours, and whoever writes would follow it
+            path.unlink()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        held = _is_held(handle) and _is_at(path, handle)  # else another process has given it its own name meanwhile
+        if held and not os.fstat(handle).st_size:
+            return handle
+        if held:  # a process that has died wrote it
+            path.unlink()
+        os.close(handle)
+        if time.monotonic() > until:
+            sentence = f"[{path}] another process is writing it; wait for it, or name another file"
+            raise OSError(errno.EBUSY, sentence)
+        if not held:
+            time.sleep(0.01)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _is_held(handle: int) -> bool:
+    """Whether this handle has the file's lock now; where a file system has no locks, none is needed."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextlib.contextmanager
