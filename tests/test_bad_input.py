@@ -40,6 +40,9 @@ NO_MODEL = {
     "other-text": "should be (a )?JSON",
     "unfinished": "has no tiny_qmoe_manifest.json, so it was not finished or not copied whole",
     "org/name": "org/name is no directory here, and the hub could not be asked: ",
+    "loop": "should be a directory with config.json, or a hub id",
+    "~nobody-of-this-name/model": "should be a directory with config.json, or a hub id",
+    "''": "cannot be looked at|is a link that leaves the model's directory",  # the directory that we are in
 }
 
 
@@ -60,6 +63,7 @@ def place(tmp_path_factory, converted, checkpoint, text) -> Path:
     (root / "binary.bin").write_bytes(random.Random(0).randbytes(3000))
     (root / "nul.txt").write_bytes(b"abc\0def")
     (root / "long.txt").write_text("long " * 300)
+    (root / "loop").symlink_to("loop")
     for name, target in (("converted", converted), ("checkpoint", checkpoint), ("text.txt", text)):
         (root / name).symlink_to(target)
     return root
@@ -88,6 +92,8 @@ REFUSED = [
     ("generate --model converted", "should be some text, it is empty; give --prompt TEXT"),
     ("generate --model converted --prompt ''", "should be some text, it is empty"),
     ("generate --model converted --prompt ' \n\t '", "should be some text, it is empty"),
+    (f"generate --model converted --max-tokens 1 --prompt '{'word ' * 4000}'",
+     r"\[prompt\] has 20000 characters, at least 5000 tokens; the model's context is 1024; give a shorter prompt"),
     (f"generate --model converted --max-tokens 1 --prompt '{'word ' * 300}'",
      "has 1500 tokens and --max-tokens is 1; .* the model's 1024; give a shorter prompt"),
     (f"{RUN} --max-tokens 1024", "has 1 tokens and --max-tokens is 1024; .* the model's 1024"),
@@ -137,6 +143,7 @@ REFUSED = [
     ("convert --hf-path checkpoint --mlx-path a.file/new --calibration none", "a.file"),
     ("convert --hf-path checkpoint --mlx-path / --overwrite", "is the root of a file system"),
     ("convert --hf-path checkpoint --mlx-path converted", "is a converted model already; --overwrite replaces it"),
+    ("convert --hf-path checkpoint --mlx-path loop", "loop. is a link that leads in a circle; remove it"),
 ]  # fmt: skip
 
 
@@ -158,6 +165,33 @@ def test_a_few_in_their_own_process(place, monkeypatch, line):
     monkeypatch.chdir(place)
     sentence = refusal(process(*shlex.split(line)))
     assert re.search(dict(REFUSED)[line], sentence), sentence
+
+
+def test_a_name_that_is_no_text_is_refused(place, here, monkeypatch, tmp_path):
+    """Neither MLX nor the tokenizers open such a file; nobody should learn that from them after an hour."""
+    monkeypatch.chdir(tmp_path)
+    bad = "bad\udcff"
+    for command in ("generate --prompt x --model", "verify --model", "convert --mlx-path new --hf-path"):
+        if not Path(bad).is_symlink():
+            Path(bad).symlink_to(place / "checkpoint")
+        assert "[model] bad? should have a name of UTF-8" in refusal(here(*command.split(), bad))
+    Path(bad).unlink()
+    convert = ("convert", "--hf-path", place / "checkpoint")
+    assert "[--mlx-path]" in refusal(here(*convert, "--mlx-path", bad, "--calibration", "none"))
+    shutil.copy(place / "text.txt", bad)
+    assert "[calibration] bad? should have" in refusal(here(*convert, "--mlx-path", "new", "--calibration", bad))
+    said = refusal(here("evaluate", "--model", place / "converted", "--text", bad))
+    assert "[text] bad? should have a name of UTF-8, it has other bytes; rename it" in said
+    assert names(tmp_path) == [bad]
+
+
+def test_a_path_through_a_directory_that_is_not_there(place, here, tmp_path):
+    """The directory that is written is the one that is named afterwards."""
+    out = tmp_path / "nowhere" / ".." / "new"
+    done = here("convert", "--hf-path", place / "checkpoint", "--mlx-path", out, "--calibration", "none",
+                "--report", "none")  # fmt: skip
+    assert done.status == 0 and done.out.startswith(f"{tmp_path / 'new'}: "), done
+    assert names(tmp_path) == ["new"] and names(tmp_path / "new")[-1] == "tokenizer_config.json"
 
 
 def test_the_smallest_budget_that_is_named_works(converted, here):

@@ -17,7 +17,7 @@ from tiny_qmoe_mlx.conversion import text as calibration_text
 from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.original import checkpoint
-from tiny_qmoe_mlx.report.compare import cut
+from tiny_qmoe_mlx.report.compare import cut, windows_of
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -88,6 +88,27 @@ def test_windows_predict_as_many_tokens_with_and_without_a_beginning(count):
     windows = cut(ids, 4, count, [77])
     assert [t for w in windows for t in w[1:]] == ids[:count]
     assert all(w[0] == 77 and len(w) <= 5 for w in windows) and all(len(w) <= 5 for w in plain)
+
+
+def test_a_long_text_becomes_tokens_in_pieces(original, tmp_path, monkeypatch):
+    """The same ones, and no more than are asked for."""
+    tokenizer, given, own = open_tokenizer(original), [], checkpoint.Tokenizer.encode
+    text = "".join(random.Random(0).choices("abc \n", k=4000)) + "x" * 700
+    whole = list(tokenizer.encode(text, add_special_tokens=False))
+    monkeypatch.setattr(checkpoint.Tokenizer, "encode", lambda *a, **k: given.append(a[1]) or own(*a, **k))
+    monkeypatch.setattr(calibration_text, "PIECE", 300)
+    assert calibration_text.text_tokens(tokenizer, text).tolist() == whole
+    assert "".join(given) == text and max(map(len, given)) <= 300 and len(given[-2]) == 300
+    assert all(piece[0] in " \n" for piece in given[1:10])
+    given.clear()
+    assert calibration_text.text_tokens(tokenizer, text, 1000).tolist()[:1000] == whole[:1000] and len(given) < 8
+    given.clear()
+    windows = windows_of(text, 10, 50, tokenizer, checkpoint.read_config(original))
+    assert windows == cut(whole, 10, 50, []) and given[1:] == ["a"]  # what a text begins with
+    monkeypatch.setattr(calibration_text, "MOST_TEXT", 4000)
+    (tmp_path / "text.txt").write_text(text)
+    with pytest.raises(FormatError, match=r"text.txt\] should have at most 4000 bytes, has 4700"):
+        calibration_text.read_text(tmp_path / "text.txt")
 
 
 def test_none_and_builtin(original):

@@ -17,7 +17,7 @@ import tiny_models
 from command_fixtures import Here
 from commands import environment, finish, linux, process, refusal, start
 
-from tiny_qmoe_mlx import native, terminal
+from tiny_qmoe_mlx import generate_options, native, terminal
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
@@ -145,6 +145,21 @@ REFUSED = [
 @pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line for line, _ in REFUSED])
 def test_a_wrong_option_is_one_sentence(here, converted, line, message):
     assert re.search(message, refusal(here("chat", "--model", converted, *shlex.split(line))))
+
+
+def test_a_line_without_an_end_is_not_read_whole(chat, here, converted, monkeypatch):
+    monkeypatch.setattr(generate_options, "MOST_TEXT", 1000)
+    done = chat("x" * 1000 + "y" * 5)
+    assert "[chat] a line of standard input should have at most 1000 characters, one has more" in refusal(done)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 1001))
+    said = refusal(here("generate", "--model", converted, "--prompt", "-"))
+    assert "[prompt] should have at most 1000 characters, standard input has more" in said
+
+
+def test_files_that_are_none(chat, tmp_path):
+    done = chat("/save /dev/full", f"/save {tmp_path}", "/load a\0b", f"/load {tmp_path / 'x'}")
+    assert done.err.count("\n") == 4 and done.err.count("the file of a conversation, it is none") == 2, done.err
+    assert "/load should be followed by a file's name" in done.err and "x should be the file of a conv" in done.err
 
 
 def test_a_model_without_a_chat_template_and_input_that_is_no_text(here, tmp_path, converted, monkeypatch):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import SMALL, environment, finish, generate, linux, process, refusal, start
+from commands import ROOT, SMALL, environment, finish, generate, linux, process, refusal, start
 
 from tiny_qmoe_mlx import native
 
@@ -44,15 +44,18 @@ def test_an_output_that_cannot_be_written(converted):
     for line in (
         ("plan", "--model", converted),
         ("generate", "--model", converted, "--prompt", "x", "--max-tokens", 3),
+        ("plan", "--help"),
     ):
-        with open("/dev/full", "wb") as full:
-            assert "No space left on device" in refusal(finish(start(*line, stdout=full)))
+        with open("/dev/full", "wb") as full:  # with a buffer, as outside of tests
+            said = refusal(finish(start(*line, stdout=full, env=environment(PYTHONUNBUFFERED=""))))
+            assert said.startswith("error: [standard output] "), said
 
 
 def test_closed_streams(converted):
     for rest, closed, status, message in (
         ("plan", ">&-", 0, ""),
         ("generate --prompt -", "<&-", 1, "error: [prompt] should be some text"),
+        ("evaluate --text pyproject.toml --tokens 20", "<&-", 0, ""),  # MLX opens files where stdin was
     ):
         command = (
             f"{shlex.quote(sys.executable)} -m tiny_qmoe_mlx.{rest} --model {shlex.quote(str(converted))} {closed}"
@@ -61,6 +64,34 @@ def test_closed_streams(converted):
         assert (
             done.returncode == status and done.stderr.startswith(message) and done.stderr.count("\n") == bool(message)
         ), done
+
+
+def test_a_terminal_that_lacks_letters(converted):
+    """A question mark in their place; JSON says all, in ASCII."""
+    line = ("generate", "--model", converted, "--prompt", "hello there", "--max-tokens", 20, "--quiet")
+    whole, plain, escaped = (
+        process(*line, *json_, env=environment(PYTHONIOENCODING=encoding, PYTHONUTF8="0"))
+        for encoding, json_ in (("utf-8", ()), ("ascii", ()), ("ascii", ("--json",)))
+    )
+    assert not whole.out.isascii() and whole.status == plain.status == escaped.status == 0
+    assert plain.out == whole.out.encode("ascii", "replace").decode()
+    assert escaped.out.isascii() and json.loads(escaped.out)["text"] + "\n" == whole.out
+
+
+def test_a_current_directory_that_is_gone(converted, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = shlex.join([sys.executable, "-m", "tiny_qmoe_mlx.plan", "--no-probe", "--model", str(converted)])
+    done = subprocess.run(
+        f"rmdir {gone}; {words}",
+        shell=True,
+        cwd=gone,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == "", done
+    assert done.stderr == "error: [current directory] should be there, it has been removed; go to another one\n"
 
 
 # ---- convert

@@ -194,3 +194,15 @@ def test_a_full_context(loaded, letters):
     assert chat.messages == before
     chat.reset()
     assert len(ask(chat, "why", letters)[0]) == LENGTH
+
+
+@pytest.mark.parametrize("words", ["a" * 3_000_000, "<user>" * 8000])
+def test_a_message_longer_than_the_context_never_becomes_tokens_whole(loaded, monkeypatch, words):
+    model, tokenizer = loaded
+    conversation, given, own = Conversation(model, tokenizer), [], type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *a, **k: given.append(len(a[1])) or own(*a, **k))
+    with pytest.raises(
+        ContextFull, match=f"with this message the conversation has {len(words) // 10000}.* characters, "
+    ):
+        next(conversation.ask(words))
+    assert conversation.messages == [] and max(given, default=0) <= 1 << 14

@@ -8,12 +8,13 @@ import shlex
 import shutil
 import stat
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 import tiny_models
 from command_fixtures import Here
-from commands import generate, refusal
+from commands import generate, process, refusal
 from mlx.utils import tree_flatten
 from mlx_lm import stream_generate
 from mlx_lm.generate import generate_step
@@ -209,6 +210,23 @@ def test_a_prompt_cache_that_lies_is_refused(here, model, tmp_path, change, mess
     assert re.search(rf"--prompt-cache-file should be what .* {file} is not: .*{message}", said), said
 
 
+def test_a_prompt_cache_of_another_format_is_not_opened(here, model, tmp_path):
+    """MLX goes by a file's name, and its reader of GGUF crashes on tables that lie."""
+    file = tmp_path / "c.gguf"
+    file.write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) + 2 * (1).to_bytes(8, "little") + bytes([255]) * 100)
+    said = refusal(process("generate", "--model", model, "--prompt", "x", "--prompt-cache-file", file))
+    assert f"{file} is not: FormatError [c.gguf] its header is damaged" in said, said
+
+
+@pytest.mark.parametrize("name", ["loop/x", "a\0b", "~nobody-of-this-name/x"])
+def test_a_prompt_cache_names_any_model(here, model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    file = cache_file("c.safetensors", model, "hello there", name)
+    said = refusal(here("generate", "--model", model, "--prompt", "x", "--prompt-cache-file", file))
+    assert f"--prompt-cache-file {file} was made with" in said or f"{file} is not: ValueError" in said, said
+
+
 def test_a_prompt_cache_takes_the_room_of_its_tokens_alone(here, model, tmp_path):
     """Its arrays are cut to what it says; a file larger than the budget is not even opened."""
     file = cache_file(tmp_path / "c.safetensors", model, "hello there")
@@ -224,7 +242,9 @@ def test_a_prompt_cache_takes_the_room_of_its_tokens_alone(here, model, tmp_path
 
 
 def test_stats_go_where_they_are_named(here, model, tmp_path):
-    """Through a link, and into a pipe: neither is replaced by a file."""
+    """Through a link, and into a pipe or device: neither is replaced by a file."""
+    done = here("generate", "--model", model, "--prompt", "x", "--max-tokens", 2, "--json", "--stats", "/dev/full")
+    assert refusal(done) == "error: [/dev/full] No space left on device"
     (tmp_path / "target.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("target.json")
     os.mkfifo(tmp_path / "pipe")

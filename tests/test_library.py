@@ -211,6 +211,9 @@ def test_batch_refuses_an_empty_prompt_and_takes_an_empty_batch(made):
     with pytest.raises(ValueError, match=r"^\[prompt\] 1 of the batch should have at least one token, it has none\.$"):
         tiny_qmoe_mlx.batch_generate(model, tokenizer, ["a", ""])
     assert tiny_qmoe_mlx.batch_generate(model, tokenizer, []).texts == []
+    for name in ("prefill_batch_size", "completion_batch_size"):
+        with pytest.raises(ValueError, match=f"{name} should be at least 1, received 0"):
+            tiny_qmoe_mlx.batch_generate(model, tokenizer, ["a"], **{name: 0})
     model.close()
 
 
@@ -246,6 +249,7 @@ def test_a_closed_model_is_refused_in_one_sentence(made, share):
         lambda: next(tiny_qmoe_mlx.stream_generate(model, tokenizer, "x")),
         lambda: tiny_qmoe_mlx.batch_generate(model, tokenizer, ["x"]),
         lambda: in_thread(lambda: model(mx.array([[1]])))(),
+        lambda: model.tiny_qmoe.set_memory("auto"),
     ):
         with pytest.raises(ValueError, match=CLOSED):
             use()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import subprocess
 from collections import OrderedDict
 
 import numpy as np
@@ -163,6 +164,13 @@ def test_the_dense_probe_multiplies_the_models_own_matrices(converted, monkeypat
 
 
 # ---- the command
+
+
+def test_a_check_that_fails_is_one_sentence(converted, here, monkeypatch):
+    assert "a --context of at least 2" in refusal(here("plan", "--model", converted, "--check", "--context", 1))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, -9, b"", b"error: no\n"))
+    said = refusal(here("plan", "--model", converted, "--check", "--no-probe"))
+    assert said.endswith("the run of --check failed, status -9: error: no")
 
 
 def test_a_plan_stands_beside_its_run(converted, here):

@@ -14,7 +14,7 @@ from commands import refusal
 from huggingface_hub import metadata_load
 from mlx_lm.utils import load_model
 
-from tiny_qmoe_mlx import budget, container, container_writer, evaluate, models, native, verify
+from tiny_qmoe_mlx import budget, container, container_writer, evaluate, models, native, staging, verify
 from tiny_qmoe_mlx.codecs import trellis
 from tiny_qmoe_mlx.conversion import writer
 from tiny_qmoe_mlx.errors import FormatError
@@ -316,6 +316,24 @@ def test_machines_are_those_of_plan(converted):
 # ---- the command
 
 
+class Certain:
+    """A model that gives one token all of its trust."""
+
+    def __init__(self, logit):
+        self.logit = logit
+
+    def __call__(self, inputs):
+        return mx.zeros((1, inputs.shape[1], 9)) + self.logit * (mx.arange(9) == 0)
+
+
+def test_a_perplexity_beyond_numbers():
+    found = compare.evaluate(Certain(1e4), [[0, 1, 2]], Certain(1e4))
+    assert found["nll"] == 1e4 and found["perplexity"] == found["against_perplexity"] == float("inf")
+    assert json.dumps(staging.finite(found["perplexity"])) == "null" and found["kl_mean"] == 0
+    with pytest.raises(ValueError, match="should predict probabilities, it gives NaN"):
+        compare.evaluate(Certain(float("nan")), [[0, 1, 2]])
+
+
 def test_evaluate_report(model, checkpoint, here):
     line = ("--window", 32, "--tokens", 64, "--tasks", 0)
     done = here("evaluate", "--model", model, "--against", checkpoint, "--report", *line)
@@ -334,6 +352,11 @@ def test_reports_that_cannot_be(model, checkpoint, here, tmp_path):
     assert "unconverted checkpoint" in refusal(here(*line, "--model", checkpoint))
     assert "is converted already" in refusal(here("evaluate", "--report", "--model", model, "--against", model))
     assert "[text]" in refusal(here(*line, "--model", model, "--text", tmp_path / "none.txt"))
+    other = tiny_models.make_checkpoint(tmp_path / "other", "qwen3_moe", num_experts=4)
+    said = refusal(here("evaluate", "--report", "--model", model, "--against", other))
+    assert (
+        "other should be the original that was converted, its num_experts is 4, that of the converted model 8" in said
+    )
     (model / "quality.json").write_text("[" * 10000)
     assert report.read_quality(model) == {}
     with pytest.raises(FormatError):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tiny_qmoe_mlx.conversion import run as conversion
 from tiny_qmoe_mlx.conversion import unfinished
 from tiny_qmoe_mlx.conversion.settings import Settings
 from tiny_qmoe_mlx.errors import FormatError
-from tiny_qmoe_mlx.staging import PLAN, STATE
+from tiny_qmoe_mlx.staging import PLAN, STATE, TOKENS
 
 pytest_plugins = ["command_fixtures"]
 pytestmark = pytest.mark.skipif(not native.available(), reason="conversion needs the C++ library")
@@ -226,10 +227,52 @@ def test_a_finished_file_that_is_gone_is_noticed(begun, checkpoint, text, here):
 
 def test_a_strangers_directory_is_left_alone(checkpoint, text, tmp_path, here):
     stranger = tmp_path / "out.partial"
-    stranger.mkdir()
-    (stranger / "notes.txt").write_text("mine")
     line = ("--hf-path", checkpoint, "--mlx-path", tmp_path / "out", "--calibration", text, *LINE)
-    assert "no conversion began it" in refusal(here("convert", *line)) and names(stranger) == ["notes.txt"]
+    for name in ("notes.txt", "film.partial"):
+        stranger.mkdir()
+        (stranger / name).write_text("mine")
+        assert "no conversion began it" in refusal(here("convert", *line)) and names(stranger) == [name]
+        shutil.rmtree(stranger)
+    (tmp_path / "mine").mkdir()
+    stranger.symlink_to("mine")  # a link is not followed
+    assert "no conversion began it" in refusal(here("convert", *line)) and names(tmp_path / "mine") == []
+    stranger.unlink()
+    stranger.write_text("mine")
+    assert "no conversion began it" in refusal(here("convert", *line)) and stranger.read_text() == "mine"
+
+
+def killed_before_its_plan(monkeypatch, checkpoint, out, settings) -> None:
+    """A kill while rates are chosen, when the calibration text has been written."""
+
+    def stop(*args):
+        out.with_name("copy").mkdir()
+        shutil.copy(out.with_name("out.partial") / TOKENS, out.with_name("copy"))
+        raise Stopped
+
+    with monkeypatch.context() as m, pytest.raises(Stopped):
+        m.setattr(conversion, "plan_layers", stop)
+        conversion.convert(checkpoint, out, settings)
+    out.with_name("copy").rename(out.with_name("out.partial"))
+
+
+def test_killed_between_its_text_and_its_plan(checkpoint, tmp_path, monkeypatch):
+    """What is left may be of other settings: it begins anew, and does not take itself for a stranger."""
+    settings = Settings(bits=3.0, calibration="self", sequences=3, sequence_tokens=32)
+    whole = contents(conversion.convert(checkpoint, tmp_path / "whole" / "out", settings))
+    killed_before_its_plan(monkeypatch, checkpoint, tmp_path / "out", replace(settings, sequences=2))
+    assert names(tmp_path / "out.partial") == [TOKENS]
+    assert contents(conversion.convert(checkpoint, tmp_path / "out", settings)) == whole
+
+
+def test_other_settings_leave_a_plan_alone(checkpoint, text, tmp_path, monkeypatch):
+    """Also where no layer is finished yet."""
+    settings = Settings(calibration=str(text), **SETTINGS)
+    directory = tmp_path / "out.partial"
+    directory.mkdir()
+    (directory / PLAN).write_text(json.dumps({"settings": {"bits": 2.0}, "source": {}, "calibration": {}, "made": {}}))
+    with pytest.raises(FormatError, match="was begun with bits 2.0, received bits 3.0"):
+        conversion.convert(checkpoint, tmp_path / "out", settings)
+    assert names(directory) == [PLAN]
 
 
 def test_two_conversions_of_one_output(checkpoint, text, tmp_path, here):

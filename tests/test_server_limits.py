@@ -11,7 +11,7 @@ from jinja2.defaults import DEFAULT_FILTERS
 from jinja2.sandbox import SandboxedEnvironment
 from server_process import CHAT, chat, serving
 
-from tiny_qmoe_mlx import chat_template
+from tiny_qmoe_mlx import chat_template, tokenizer
 from tiny_qmoe_mlx.serving import prompt
 from tiny_qmoe_mlx.serving.refusal import Refused
 
@@ -85,7 +85,7 @@ class Letters:
     "text, fits", [("a" * 1000, True), ("a" * 50_000, False), (" " * 50_000, True), (" " * 50_020, False)]
 )
 def test_a_text_becomes_tokens_in_pieces_while_it_may_be_too_long(monkeypatch, text, fits):
-    monkeypatch.setattr(prompt, "PIECE", 5000)
+    monkeypatch.setattr(tokenizer, "PIECE", 5000)
     own = Letters()
     measured = prompt.Measured(own, 5000)
     with nullcontext() if fits else pytest.raises(Refused, match="context of 5000 tokens"):

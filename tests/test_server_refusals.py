@@ -305,6 +305,9 @@ REFUSED = {
     "a cache size that cannot be read": (("--prompt-cache-bytes", "some"), r"\[memory\]"),
     "a template argument that is no JSON": (("--chat-template-args", "{"), "--chat-template-args"),
     "a key file that is not there": (("--api-key-file", "/nowhere/key"), "/nowhere/key"),
+    "a key file without an end": (("--api-key-file", "/dev/zero"), "should hold one key"),
+    "a template that is none": (("--chat-template", "{% for"), "refuses it: .*; see --chat-template and"),
+    "tools for every request": (("--chat-template-args", '{"tools": []}'), "a JSON object without .*, tools"),
     "two kinds of cache": (("--kv-bits", "4", "--draft-model", "x"), "exclude"),
 }
 

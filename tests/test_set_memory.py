@@ -138,3 +138,9 @@ def test_pressure_goes_on_from_the_new_size(converted):
         assert runtime._pressure.given_back == 0 and pool.active == runtime.budget.slots[pool.record_bytes]
         runtime._pressure._follow("critical", 2e9)
         assert pool.active < runtime.budget.slots[pool.record_bytes]
+
+
+@pytest.mark.parametrize("context", [0, -1, 1.5, "5", None, True])
+def test_a_context_is_a_number_of_tokens(converted, context):
+    with pytest.raises(ValueError, match=r"^\[load\] context should be a number of tokens, 1 at least, received"):
+        models.load(converted, context=context)

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import environment, names
 from container_files import layer_spec
 from records import write_model
 
@@ -56,6 +57,11 @@ def test_what_is_in_the_way_is_never_removed(tmp_path, model):
     with pytest.raises(OSError, match="thesis.tex"), staging.staged_directory(model, overwrite=True):
         raise AssertionError("should have been refused at once")
     assert (tmp_path / "full" / "thesis.tex").read_text() == (model / "thesis.tex").read_text() == "mine"
+    (model / "thesis.tex").rename(model / ".thesis")  # nor what a listing does not show, as a repository's .git
+    with pytest.raises(OSError, match="holds .thesis, which no conversion wrote"):
+        staging.check_target(model, overwrite=True)
+    (model / ".thesis").rename(model / ".gitattributes")
+    staging.check_target(model, overwrite=True)
 
 
 def test_a_converted_model_is_replaced_only_when_the_new_one_is_whole(model):
@@ -147,3 +153,38 @@ def test_functions_keep_their_names_beside_modules_of_the_same_name():
         assert callable(getattr(tiny_qmoe_mlx, name)), name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = tiny_qmoe_mlx.nothing
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tiny_qmoe_mlx.staging import atomic_file
+for i in range(60):
+    with atomic_file(Path(sys.argv[1])) as file:
+        for _ in range(40):
+            file.write(sys.argv[2].encode() * 1000)
+            file.flush()
+"""
+
+
+def test_two_processes_that_write_one_file(tmp_path):
+    """Each time it is one of them whole, and neither takes the other's away."""
+    path, seen = tmp_path / "use.json", set()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, x], env=environment()) for x in "ab"]
+    while any(w.poll() is None for w in writers):
+        if path.exists():
+            found = path.read_bytes()
+            assert len(found) == 40_000 and len(set(found)) == 1
+            seen.add(found[:1])
+    assert [w.returncode for w in writers] == [0, 0] and seen == {b"a", b"b"} and names(tmp_path) == ["use.json"]
+
+
+def test_a_file_that_another_process_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "LONGEST_S", 0.1)
+    (tmp_path / "x.partial").write_bytes(b"left by one that was killed")
+    with staging.atomic_file(tmp_path / "x") as file:
+        file.write(b"mine")
+        other = staging.atomic_file(tmp_path / "x")
+        with pytest.raises(OSError, match="another process is writing it"):
+            other.__enter__()
+    assert (tmp_path / "x").read_bytes() == b"mine" and names(tmp_path) == ["x"]

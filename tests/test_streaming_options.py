@@ -6,7 +6,8 @@ import signal
 import pytest
 from commands import INTERRUPTED, finish, generate, linux, names, refusal, start
 
-from tiny_qmoe_mlx import native
+import tiny_qmoe_mlx
+from tiny_qmoe_mlx import models, native, runtime
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.plan import plan
 from tiny_qmoe_mlx.streaming.profile import load_profile
@@ -76,3 +77,14 @@ def test_ctrl_c_keeps_the_profile(converted, tmp_path, interruptible):
     done = finish(child)
     assert done.status in INTERRUPTED and "Traceback" not in done.err, done
     assert sum(use.sum() for use in load_profile(tmp_path / "use.json", open_model(converted))) > 0
+
+
+def test_a_profile_is_written_where_it_was_named(converted, tmp_path, monkeypatch):
+    """Whatever the current directory is when the model is closed."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loaded, tokenizer = models.load(converted, streaming=runtime.Streaming(profile="use.json"))
+    with loaded:
+        tiny_qmoe_mlx.generate(loaded, tokenizer, "hello", max_tokens=2)
+        monkeypatch.chdir("elsewhere")
+    assert (tmp_path / "use.json").is_file() and not (tmp_path / "elsewhere" / "use.json").exists()

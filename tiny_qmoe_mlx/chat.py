@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tiny_qmoe_mlx import generate_options as options
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import locate, paths, terminal
 from tiny_qmoe_mlx.generate import decoding, measure, summary, write
 
 if TYPE_CHECKING:
@@ -182,17 +182,19 @@ def _read(session: Session) -> None:
     """Take every line of standard input.
 
     Raises:
-        ValueError: it is closed, or no UTF-8.
+        ValueError: it is closed, no UTF-8, or a line has no end.
     """
     if sys.stdin is None:
         raise ValueError("[chat] standard input should be open, it is closed; give messages, one a line.")
-    lines = iter(sys.stdin)
+    most = options.MOST_TEXT
     while True:
         try:
-            line = next(lines, None)
+            line = sys.stdin.readline(most + 1)
         except UnicodeError as error:
             raise ValueError(f"[chat] standard input should be UTF-8 text and is not: {error}.") from error
-        if line is None or not _handle(session, line, lambda: False):
+        if len(line) > most:
+            raise ValueError(f"[chat] a line of standard input should have at most {most} characters, one has more.")
+        if not line or not _handle(session, line, lambda: False):
             return
 
 
@@ -350,9 +352,9 @@ SPOKEN = ("/stats", "/help")  # whose text is the result, also where nobody sits
 
 
 def _file(command: str, name: str) -> Path:
-    if not name:
+    if not name or "\0" in name:
         raise ValueError(f"[chat] {command} should be followed by a file's name.")
-    return Path(name).expanduser()
+    return paths.expanded(name)
 
 
 def read_messages(file: Path) -> list[dict[str, str]]:
@@ -366,7 +368,8 @@ def read_messages(file: Path) -> list[dict[str, str]]:
     from tiny_qmoe_mlx.disk_reads import read_bytes
 
     if not file.is_file():
-        raise ValueError(f"[chat] {file} should be the file of a conversation, there is no such file.")
+        why = "it is none" if file.exists() else "there is no such file"
+        raise ValueError(f"[chat] {file} should be the file of a conversation, {why}.")
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"[chat] {file} should be a conversation of at most {MOST_BYTES} bytes, it is larger.")
     try:

@@ -8,6 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_qmoe_mlx.errors import shown
 
 Message = dict[str, str]
+TRIAL: Message = {"role": "user", "content": "."}  # the shortest question: what refuses it would refuse any
 MOST_BITS, MOST_ITEMS = 1 << 16, 1 << 20  # of a number, and of a text or list, that a template multiplies to
 
 

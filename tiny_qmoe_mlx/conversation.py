@@ -13,11 +13,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.budget import DEFAULT_CONTEXT
-from tiny_qmoe_mlx.chat_template import Message, render
+from tiny_qmoe_mlx.chat_template import TRIAL, Message, render
 from tiny_qmoe_mlx.generate import stream_generate
+from tiny_qmoe_mlx.tokenizer import longest_token, too_many
 
 ROLES = ("system", "user", "assistant")
-TRIAL = {"role": "user", "content": "."}  # the shortest question: what refuses it would refuse any
 
 
 class ContextFull(ValueError):
@@ -62,7 +62,7 @@ class Conversation:
         self.context = context
         self.tokens: list[int] = []
         self._model, self._tokenizer, self._draft = model, tokenizer, draft
-        self._template = template or {}
+        self._template, self._longest = template or {}, longest_token(tokenizer)
         self._max_kv_size = max_kv_size
         self._cache: list[Any] | None = None
         self._ids([*self.messages, TRIAL])
@@ -154,14 +154,14 @@ class Conversation:
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of messages, and of the beginning of an answer."""
         how = {**self._template, "tokenize": False, "add_generation_prompt": True}
-        ids = list(self._tokenizer.encode(render(self._tokenizer, messages, **how), add_special_tokens=False))
+        text = render(self._tokenizer, messages, **how)
+        if len(text) > self.context and (found := too_many(self._tokenizer, self._longest, text, self.context)):
+            raise ContextFull(_full(self.context, found))
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False))
         if not ids:
             raise ValueError("[prompt] should have at least one token, the model's chat template makes none of it.")
         if len(ids) >= self.context:
-            raise ContextFull(
-                f"[chat] the context of {self.context} tokens is full: with this message the conversation has "
-                f"{len(ids)}; begin anew, or give a larger --context."
-            )
+            raise ContextFull(_full(self.context, str(len(ids))))
         return ids
 
     def _reuse(self, ids: list[int]) -> int:
@@ -198,3 +198,10 @@ class Conversation:
         for entry, end in zip(self._cache, ends, strict=True):
             entry.trim(end - held)
         self.tokens = known[:held]
+
+
+def _full(context: int, found: str) -> str:
+    return (
+        f"[chat] the context of {context} tokens is full: with this message the conversation has {found}; begin anew, "
+        "or give a larger --context."
+    )

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tiny_qmoe_mlx import paths
 from tiny_qmoe_mlx.errors import FormatError
 
 RECIPE = 1  # part of the directory's name: raise it whenever the built files change
@@ -54,12 +55,25 @@ Tensors = dict[str, np.ndarray]
 
 
 def cache_directory() -> Path:
-    """Where the demo's files are kept: `tiny-qmoe-mlx` in the user's cache directory."""
+    """Where the demo's files are kept: `tiny-qmoe-mlx` in the user's cache directory.
+
+    Raises:
+        FormatError: the user has none.
+    """
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tiny-qmoe-mlx"
+        return _home() / "Library" / "Caches" / "tiny-qmoe-mlx"
     # The XDG specification tells programs to ignore a relative path here.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "tiny-qmoe-mlx"
+    return (base if base.is_absolute() else _home() / ".cache") / "tiny-qmoe-mlx"
+
+
+def _home() -> Path:
+    home = paths.expanded("~")
+    if not home.is_absolute():
+        raise FormatError(
+            "[demo] its files are kept in the home directory, this user has none; set HOME to a directory."
+        )
+    return home
 
 
 def calibration_text_path() -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import blas, locate, terminal
-from tiny_qmoe_mlx.staging import MANIFEST
+from tiny_qmoe_mlx.staging import MANIFEST, finite
 
 EXAMPLES = """
   python -m tiny_qmoe_mlx.evaluate --model qwen3-2bit --text held-out.txt
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     text = read_text(Path(args.text), "text")
     config = _config(args, quiet)
     model, tokenizer = open_any(args.model, args.memory, quiet, args.window)
-    against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against else None
+    against = open_any(args.against, args.memory, quiet, args.window)[0] if args.against is not None else None
     windows = windows_of(text, args.window, args.tokens, tokenizer, config)
     with terminal.Bars(quiet) as bars, blas.shared_machine():
         found = evaluate(model, windows, against, bars)
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
         read = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)
         found["bits_per_byte"] = found["nll"] * found["tokens"] / math.log(2) / max(1, read)
     if args.json:
-        terminal.print_json({"model": args.model, "against": args.against, "text": args.text, **found})
+        terminal.print_json({"model": args.model, "against": args.against, "text": args.text, **finite(found)})
     else:
         print("\n".join(_lines(found)))
     return 0
@@ -119,7 +119,7 @@ def _config(args: argparse.Namespace, quiet: bool) -> dict[str, Any]:
     from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
     from tiny_qmoe_mlx.original.checkpoint import read_config
 
-    names = [name for name in (args.model, args.against) if name]
+    names = [name for name in (args.model, args.against) if name is not None]
     configs = [read_config(locate.model_directory(name, quiet)) for name in names]
     if len({is_encoder_decoder(config) for config in configs}) == 2:
         raise ValueError("[evaluate] --model and --against should be both encoder-decoders or neither, one of them is.")
@@ -140,7 +140,7 @@ def _report(args: argparse.Namespace, quiet: bool) -> int:
     for note in report.write_report(directory, source, quality):
         print(note, file=sys.stderr)
     if args.json:
-        terminal.print_json({"model": args.model, "against": args.against, **quality})
+        terminal.print_json({"model": args.model, "against": args.against, **finite(quality)})
     else:
         kl = quality["kl"]
         print(

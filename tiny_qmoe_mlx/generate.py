@@ -88,7 +88,7 @@ def batch_generate(
 
     Raises:
         ValueError: a prompt without tokens, or with one that the model does not have; the model has been closed, or is
-            an encoder-decoder.
+            an encoder-decoder; a batch size below 1.
     """
     from mlx_lm import batch_generate as batch
 
@@ -102,6 +102,9 @@ def batch_generate(
     for each in ids:
         _check(model, each)
     options = {"prefill_batch_size": PREFILL_BATCH, **options}
+    for name in ("prefill_batch_size", "completion_batch_size"):
+        if options.get(name, 1) < 1:  # with which mlx-lm gives empty texts
+            raise ValueError(f"[options] {name} should be at least 1, received {options[name]}.")
     if hasattr(model, "tiny_qmoe"):
         options |= _batch_sizes(_rows(model.tiny_qmoe.budget, ids, options), len(ids), options)
     rows = max(1, min(len(ids), options["prefill_batch_size"]))
@@ -175,6 +178,7 @@ def main(argv: list[str]) -> int:
         fills = masked_spans.SENTINEL.search(text) is not None
     tokenizer = models.open_tokenizer(directory)
     setup.check_tokens(directory, tokenizer, args)
+    setup.check_length(directory, tokenizer, text)
     cache = prompt_cache.open_prompt_cache(directory, args)
     prompt = setup.prompt_ids(tokenizer, text, args)
     context = setup.context(directory, len(prompt), prompt_cache.cached_tokens(cache), args)

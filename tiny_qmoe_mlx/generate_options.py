@@ -20,6 +20,7 @@ EXAMPLES = """
   echo "Tell me a story." | python -m tiny_qmoe_mlx.generate --model demo --prompt - --stats stats.json
 """
 MANY = 1 << 20
+MOST_TEXT = 1 << 24  # characters that are read from standard input at once: more than any context holds
 RANGES = (
     ("max_tokens", 1, MANY),
     ("temp", 0, 100),
@@ -259,14 +260,17 @@ def prompt_text(args: argparse.Namespace) -> str:
     """The prompt, from the command line or from standard input.
 
     Raises:
-        ValueError: it is empty or no UTF-8.
+        ValueError: it is empty, no UTF-8, or has no end.
     """
     try:
-        text = args.prompt if args.prompt != "-" else sys.stdin.read() if sys.stdin else ""  # None where it was closed
+        # None where it was closed
+        text = args.prompt if args.prompt != "-" else sys.stdin.read(MOST_TEXT + 1) if sys.stdin else ""
         for part in (text, args.system_prompt, args.prefill_response):
             (part or "").encode()  # bytes that were no UTF-8 came in as lone surrogates, which no tokenizer takes
     except UnicodeError as error:
         raise ValueError(f"[prompt] should be UTF-8 text and is not: {error}.") from error
+    if text and len(text) > MOST_TEXT:
+        raise ValueError(f"[prompt] should have at most {MOST_TEXT} characters, standard input has more; give fewer.")
     if not text or not text.strip():
         raise ValueError(
             "[prompt] should be some text, it is empty; give --prompt TEXT, or --prompt - and text on standard input."

@@ -22,6 +22,7 @@ from tiny_qmoe_mlx.disk_reads import read_header
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 from tiny_qmoe_mlx.layers import use_cpu_kernels
 from tiny_qmoe_mlx.original import checkpoint
+from tiny_qmoe_mlx.tokenizer import longest_token, too_many
 from tiny_qmoe_mlx.vocabulary import vocabulary
 
 QUERY = "<query>"  # stands for the prompt where a chat's text is cut before it
@@ -51,6 +52,17 @@ def check_tokens(directory: Path, tokenizer: TokenizerWrapper, args: argparse.Na
 
 
 # ---- the prompt
+
+
+def check_length(directory: Path, tokenizer: TokenizerWrapper, text: str) -> None:
+    """Refuse a text that is longer than the model's context before it becomes tokens, whose memory no budget counts.
+
+    Raises:
+        ValueError: with its length.
+    """
+    limit = footprint.longest_context(checkpoint.read_config(directory))
+    if len(text) > limit and (found := too_many(tokenizer, longest_token(tokenizer), text, limit)):
+        raise ValueError(f"[prompt] has {found}; the model's context is {limit}; give a shorter prompt.")
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, text: str, args: argparse.Namespace) -> list[int]:

@@ -27,6 +27,12 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def is_compiler(error: BaseException) -> bool:
+    """Whether MLX's compiler on the CPU failed, for which no file of a model is to blame (compiled.py)."""
+    words = ("[Compile::eval_cpu]", "Could not load C++ shared library", "filesystem error")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def reason(error: BaseException, most: int = 300) -> str:
     """Kind and text of an error, on one line."""
     return shown(f"{type(error).__name__} {' '.join(str(error).split())}".strip(), most)

@@ -24,7 +24,7 @@ from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.errors import FormatError
 from tiny_qmoe_mlx.expert_kind import expert_kind
 from tiny_qmoe_mlx.layers import RecordExperts, use_cpu_kernels
-from tiny_qmoe_mlx.library_errors import computing
+from tiny_qmoe_mlx.library_errors import computing, is_compiler
 from tiny_qmoe_mlx.model_file import NOT_RUN
 from tiny_qmoe_mlx.original import adapted, checkpoint, dense
 from tiny_qmoe_mlx.runtime import Runtime, Streaming
@@ -151,7 +151,8 @@ def load(
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget is too small; the text names the smallest that works.
-        ValueError: this machine's GPU computes experts wrongly; the process is a fork of one that has loaded a model.
+        ValueError: this machine's GPU computes experts wrongly; the process is a fork of one that has loaded a model;
+            the context is no number of tokens.
     """
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu
@@ -167,6 +168,8 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     """What comes before the weights: files, budget and GPU are checked, and what is freed goes back to the system;
     raises as `load`."""
     process.enter("load")
+    if type(context) is not int or context < 1:
+        raise ValueError(f"[load] context should be a number of tokens, 1 at least, received {context!r}.")
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
@@ -245,7 +248,7 @@ def _build(directory: Path, container: Container, cpu: bool) -> nn.Module:
     try:
         model, _ = load_model(directory, True, model_config=NOT_RUN, get_model_classes=model_classes(container.spec))
     except Exception as error:  # a config that contradicts itself trips mlx-lm in many ways
-        if isinstance(error, FormatError | MemoryError) or is_disk(error):
+        if isinstance(error, FormatError | MemoryError) or is_disk(error) or is_compiler(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(

@@ -3,13 +3,14 @@ files' headers and short probes of this machine."""
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tiny_qmoe_mlx import locate, terminal
+from tiny_qmoe_mlx import locate, paths, terminal
 
 EXAMPLES = """
   python -m tiny_qmoe_mlx.plan --model demo
@@ -115,7 +116,7 @@ def check(directory: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
         held, its context filled.
 
     Raises:
-        RuntimeError: the run failed, with its words.
+        ValueError: the run failed, with its words.
     """
     run = _run(directory, found)
     parts = ("runtime_bytes", "weight_bytes", "kv_bytes", "scratch_bytes", "pool_bytes")
@@ -140,16 +141,18 @@ def _run(directory: Path, found: dict[str, Any]) -> dict[str, Any]:
 
     written = min(CHECK_TOKENS, found["context"] // 2)
     tokenizer, room = models.open_tokenizer(directory), found["context"] - written - 8  # 8: text is no exact measure
-    ids = tokenizer.encode(BUILTIN_TEXT.read_text()[: 16 * found["context"]])
+    ids = tokenizer.encode(BUILTIN_TEXT.read_text(encoding="utf-8")[: 16 * found["context"]])
     with tempfile.TemporaryDirectory() as folder:
         stats = Path(folder) / "stats.json"
         command = [sys.executable, "-m", "tiny_qmoe_mlx.generate", "--model", str(directory), "--prompt", "-"]
         command += ["--ignore-chat-template", "--max-tokens", str(written), "--memory", str(found["budget_bytes"])]
         command += ["--context", str(found["context"]), "--stats", str(stats), "--quiet"]
-        done = subprocess.run(command, input=tokenizer.decode(ids[: max(1, room)]), capture_output=True, text=True)
+        text = tokenizer.decode(ids[: max(1, room)]).encode()
+        done = subprocess.run(command, input=text, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
         if done.returncode:
-            raise RuntimeError(f"[plan] the run of --check failed: {done.stderr.strip()[-300:]}")
-        return json.loads(stats.read_text())
+            said = done.stderr.decode(errors="replace").strip()[-300:]
+            raise ValueError(f"[plan] the run of --check failed, status {done.returncode}: {said}")
+        return json.loads(stats.read_bytes())
 
 
 # ---- the command
@@ -179,8 +182,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        found = _plan(args, Path(folder))
+    found = _plan(args)
     if args.json:
         terminal.print_json(found)
     else:
@@ -188,22 +190,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
     """The plan of a model on this machine, or of the headers of one on the hub, which are fetched into a folder."""
     from tiny_qmoe_mlx.hub.client import require_no_revision
     from tiny_qmoe_mlx.hub.headers import skeleton
 
     quiet = args.quiet or args.json
     options = (args.memory, args.context, not args.no_probe, args.profile, args.trace)
-    if args.model == locate.DEMO or Path(args.model).expanduser().exists():
+    if args.model == locate.DEMO or paths.expanded(args.model).exists():
         require_no_revision(args.model, args.revision)
         directory = locate.model_directory(args.model, quiet)
         found = plan(directory, *options)
     else:
         if args.check:
             raise ValueError(f"[plan] --check should be given a model on this machine, {args.model} is not.")
-        directory = skeleton(args.model, args.revision, folder, quiet)
-        found = {**plan(directory, *options, disk_folder="."), "path": args.model}
+        with tempfile.TemporaryDirectory() as folder:
+            directory = skeleton(args.model, args.revision, Path(folder), quiet)
+            found = {**plan(directory, *options, disk_folder="."), "path": args.model}
+    if args.check and found["context"] < 2:
+        raise ValueError("[plan] --check should have a --context of at least 2: a prompt and an answer; received 1.")
     if args.check and found["fits"]:
         found["check"] = check(directory, found)
     return found

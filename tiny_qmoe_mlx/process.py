@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from tiny_qmoe_mlx import compiled
+
 END_S = 5.0  # the longest wait at the end
 RECENT_S = 0.5  # a thread that has computed so lately may be about to do it again
 TASKS = Path("/proc/self/task")  # Linux: a directory for each thread that the system has; elsewhere nothing aborts
@@ -28,6 +30,7 @@ def enter(where: str) -> None:
     global _home
     _home = _home or os.getpid()
     refuse_fork(where)
+    compiled.settle()
     thread = threading.get_native_id()
     if thread not in _used:
         for other in list(_used):  # a copy: other threads come in meanwhile

@@ -13,7 +13,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import CacheList, QuantizedKVCache, RotatingKVCache, load_prompt_cache
 
+from tiny_qmoe_mlx import paths, safetensors_header
 from tiny_qmoe_mlx.budget import parse_memory, show
+from tiny_qmoe_mlx.errors import shown
 
 
 def open_prompt_cache(directory: Path, args: argparse.Namespace) -> list[Any] | None:
@@ -31,17 +33,22 @@ def open_prompt_cache(directory: Path, args: argparse.Namespace) -> list[Any] | 
     if size > room:
         raise ValueError(f"[options] --prompt-cache-file {file} has {show(size)}, --memory is {show(room)}; raise it.")
     try:
+        safetensors_header.check(Path(file))  # which no other kind of file passes, that MLX would read by its name
         cache, metadata = load_prompt_cache(file, return_metadata=True)
         for entry in entries(cache):
             settle(entry)
         model = str(metadata["model"])
+        own = model == args.model or paths.real(model) == paths.real(directory)
     except Exception as error:  # any file may be given
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise ValueError(
             f"[options] --prompt-cache-file should be what mlx_lm.cache_prompt wrote, {file} is not: {reason}"
         ) from error
-    if model != args.model and Path(model).resolve() != directory.resolve():
-        raise ValueError(f"[options] --prompt-cache-file {file} was made with {model}, not with {args.model}.")
+    if not own:
+        raise ValueError(
+            f"[options] --prompt-cache-file {file} was made with {shown(model, 200)}, not with {args.model}; give that "
+            "model, or make a cache with this one."
+        )
     first = cache[0]
     if isinstance(first, QuantizedKVCache):
         given = (args.kv_bits or first.bits, args.kv_group_size if args.kv_bits else first.group_size)

@@ -1,9 +1,10 @@
 """What a loaded model holds beside its weights: files, a pool of experts, readers, a budget, and counters."""
 
+import os
 import resource
 import sys
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx import ops, process
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.door import Door
+from tiny_qmoe_mlx.door import CLOSED, Door
 from tiny_qmoe_mlx.layers import Memory, RecordExperts
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
@@ -57,6 +58,8 @@ class Runtime:
     ):
         self.container = container
         self.budget, self._loaded_bytes = budget, budget.budget_bytes
+        if streaming.profile:  # written on closing, whatever the current directory is then
+            streaming = replace(streaming, profile=os.path.abspath(streaming.profile))
         self.streaming = streaming
         warm = _warmest(container, budget, streaming)
         judge = ahead.Judge(streaming.lookahead)
@@ -89,7 +92,10 @@ class Runtime:
 
         Raises:
             BudgetError: too small, with the smallest that works; or more than the pool was made for. It is as it was.
+            ValueError: the model has been closed.
         """
+        if not self._end.alive:
+            raise ValueError(CLOSED)
         cpu = mx.default_device() == mx.cpu
         asked = budgets.split(self.container, budgets.parse_memory(memory), self.budget.context, cpu)
         pools = self.cache.pools.items()

@@ -95,6 +95,9 @@ def _open(directory: Path, args: "argparse.Namespace") -> "tuple[Any, Generation
     tokenizer = models.open_tokenizer(directory)
     if args.chat_template:
         tokenizer.chat_template, tokenizer.has_chat_template = args.chat_template, True
+    if args.chat_template or (args.chat_template_args and tokenizer.has_chat_template):
+        how = {"tokenize": False, "add_generation_prompt": True, **args.chat_template_args}
+        chat_template.render(tokenizer, [chat_template.TRIAL], "see --chat-template and --chat-template-args", **how)
     args.prompt_cache_bytes = room.prompt_cache_bytes(config, args, cpu)
     draft, draft_bytes = room.open_draft(directory, tokenizer, args)
     memory = room.memory_of_model(directory, config, draft_bytes, args, cpu)

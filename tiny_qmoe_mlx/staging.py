@@ -8,18 +8,23 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tiny_qmoe_mlx import paths
 from tiny_qmoe_mlx.disk_errors import named
 
 MANIFEST = "tiny_qmoe_manifest.json"
 PLAN, STATE, TOKENS = "conversion.json", "state.safetensors", "calibration.npy"
+LONGEST_S = 10.0  # that another process is waited for, which writes the same file
 UNFINISHED = {PLAN, STATE, TOKENS}  # of a conversion under way; no part of the model
+HARMLESS = {".DS_Store", ".cache", ".gitattributes", ".gitignore"}  # that systems and the hub put beside a model
 
 
 def sync_directory(directory: Path) -> None:
@@ -48,7 +53,8 @@ def disk_full(error: OSError, path: Path) -> OSError:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file for writing that appears under its name only when it is whole and on the disk.
+    """Open a binary file for writing that appears under its name only when it is whole and on the disk. Of several
+    processes that write it one does at a time.
 
     Args:
         path: the final name; the temporary one adds ``.partial``, which no pattern of mlx-lm takes for a model's file.
@@ -56,8 +62,57 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: as the system says; a full disk with a sentence that names the file.
     """
-    with replaced_file(path, path.with_name(path.name + ".partial")) as temporary, open(temporary, "wb") as file:
-        yield file
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        held = _new_file(temporary)
+    except OSError as error:
+        raise disk_full(error, path) from error
+    try:
+        with replaced_file(path, temporary), open(os.dup(held), "wb") as file:
+            yield file
+    finally:
+        os.close(held)
+
+
+def _new_file(path: Path) -> int:
+    """A handle of an empty file that is locked until it is closed, in the place of what a killed process left there.
+
+    Raises:
+        OSError: another process has been writing it for LONGEST_S, or as the system says.
+    """
+    until = time.monotonic() + LONGEST_S
+    while True:
+        if path.is_symlink():  # never ours, and whoever writes would follow it
+            path.unlink()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        held = _is_held(handle) and _is_at(path, handle)  # else another process has given it its own name meanwhile
+        if held and not os.fstat(handle).st_size:
+            return handle
+        if held:  # a process that has died wrote it
+            path.unlink()
+        os.close(handle)
+        if time.monotonic() > until:
+            sentence = f"[{path}] another process is writing it; wait for it, or name another file"
+            raise OSError(errno.EBUSY, sentence)
+        if not held:
+            time.sleep(0.01)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _is_held(handle: int) -> bool:
+    """Whether this handle has the file's lock now; where a file system has no locks, none is needed."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -86,6 +141,15 @@ def replaced_file(path: Path, temporary: Path) -> Iterator[Path]:
             raise
 
 
+def finite(value: Any) -> Any:
+    """The same, with None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with a final newline, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -96,7 +160,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_named(path: Path, value: Any) -> None:
     """The same into a file that a person names: through links, and into a device or a pipe as it is."""
     if path.exists() and not path.is_file():
-        with open(path, "w", encoding="utf-8") as file:
+        with named(path), open(path, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
     else:
@@ -137,7 +201,7 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         FileExistsError: `out` is in the way, and what to do about it.
         OSError: it cannot be made or renamed.
     """
-    target = Path(out).resolve()
+    target = paths.real(out)
     clear_leftovers(target)
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +224,14 @@ def check_target(out: str | Path, overwrite: bool = False) -> None:
 
     Raises:
         FileExistsError: what is there, and what to do.
+        FormatError: its name is no text.
     """
-    out = Path(out).resolve()
+    out = paths.real(out)
+    if out.is_symlink():
+        raise FileExistsError(
+            errno.EEXIST, f"[{out}] is a link that leads in a circle; remove it or choose another name"
+        )
+    paths.require_text(out, "--mlx-path")
     if not out.exists():
         return
     if not out.is_dir() or out.is_mount():
@@ -175,7 +245,7 @@ def check_target(out: str | Path, overwrite: bool = False) -> None:
         raise FileExistsError(errno.EEXIST, sentence)
     if not overwrite:
         raise FileExistsError(errno.EEXIST, f"[{out}] is a converted model already; --overwrite replaces it")
-    foreign = sorted(n for n in names - _listed(out) - UNFINISHED if not n.startswith("."))
+    foreign = sorted(n for n in names - _listed(out) - UNFINISHED - HARMLESS if not n.startswith((".partial-", "._")))
     if foreign:
         sentence = f"[{out}] holds {foreign[0]}, which no conversion wrote; move it away or choose another directory"
         raise FileExistsError(errno.EEXIST, sentence)
@@ -191,7 +261,7 @@ def _listed(out: Path) -> set[str]:
 
 def clear_leftovers(out: str | Path) -> None:
     """Clear what killed processes left beside an output, and bring back a model that one had set aside."""
-    target = Path(out).resolve()
+    target = paths.real(out)
     if not target.parent.is_dir():
         return
     pattern = re.compile(re.escape(target.name) + r"\.(partial|replaced)-(\d+)")

@@ -4,7 +4,9 @@ Results go to stdout; progress and errors to stderr. Imports nothing heavy: `--h
 """
 
 import argparse
+import codecs
 import contextlib
+import io
 import json
 import os
 import signal
@@ -14,7 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from tiny_qmoe_mlx.errors import shown
-from tiny_qmoe_mlx.library_errors import stderr, take_stderr
+from tiny_qmoe_mlx.library_errors import is_compiler, stderr, take_stderr
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 LONGEST = 4000  # characters of an error; a path may have most of them
@@ -65,8 +67,13 @@ def add_quiet(to: argparse.ArgumentParser) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One JSON value on one line of stdout, in ASCII where it has no sign for one of the letters."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:
+        text = json.dumps(value)
+    print(text, flush=True)
 
 
 def progress(
@@ -113,6 +120,8 @@ def sentence(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, RuntimeError) and "[read]" in text:
         return f"[weights] MLX could not read a file ({' '.join(text.split())}); check the disk"
+    if is_compiler(error):
+        return f"[MLX] its compiler failed ({shown(' '.join(text.split()), 400)}); try again with MLX_DISABLE_COMPILE=1"
     if isinstance(error, OSError) and error.strerror:
         text = f"[{error.filename}] {error.strerror}" if error.filename is not None else error.strerror
     return shown(" ".join(text.split()), LONGEST) or type(error).__name__
@@ -130,27 +139,83 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """
     own = argv is None
     argv = sys.argv[1:] if argv is None else argv
+    open_closed()
     take_stderr()
+    if own:
+        _print_anything()
     before = _hear_signals()
     try:
+        _require_place()
         status = _work(main, argv)
         if sys.stdout is not None:  # it is where the caller closed it
             sys.stdout.flush()
         return status or 0
-    except BrokenPipeError:
-        # The reader (head, say) has enough. Python would flush stdout again at exit and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, say) has enough
+        _drop_output()
+        return FAILED
+    except SystemExit as end:
+        if end.code or not _is_stuck():
+            raise
+        _say("error: [standard output] cannot be written")  # --help
         return FAILED
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if "--debug" in argv or (isinstance(error, RuntimeError) and "[read]" not in str(error)):
+        unknown = isinstance(error, RuntimeError) and "[read]" not in str(error) and not is_compiler(error)
+        if "--debug" in argv or unknown:
             raise
         if _stopped == TERMINATED:
             return TERMINATED
         error = KeyboardInterrupt() if _stopped else error
+        if _is_stuck() and isinstance(error, OSError) and error.filename is None:
+            error.filename = "standard output"
         _say(f"error: {sentence(error)}")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     finally:
         _let_leave() if own else _hear_no_more(before)
+
+
+def open_closed() -> None:
+    """Streams that were closed lead nowhere: else the next file that is opened is one of them. MLX takes number 0 for a
+    failure, and what a library writes to stderr would stand in that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+
+
+def _print_anything() -> None:
+    """What stdout has no sign for becomes a question mark, and a name that is no text is printed as it is: nobody loses
+    an answer by either."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "replace")
+
+
+def _require_place() -> None:
+    """Refuse a current directory that has been removed, which libraries trip over, each in its own way."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        sentence = "[current directory] should be there, it has been removed; go to another one"
+        raise OSError(error.errno, sentence) from error
+
+
+def _is_stuck() -> bool:
+    """Whether stdout cannot take what was printed, which is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    except (AttributeError, ValueError):  # none, or closed
+        return False
+    return False
+
+
+def _drop_output() -> None:
+    """What stdout still holds; Python would flush it again at exit and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _stopped = 0  # the exit status that a signal asked for

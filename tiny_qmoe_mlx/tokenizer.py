@@ -12,6 +12,34 @@ ENCODES = "the model's tokenizer should take any text, it does not take this one
 OTHER = "give another text, or the tokenizer's files of the original"
 DECODES = "the model's tokenizer should have a text for every token, it has none for what was written"
 
+PIECE = 1 << 14  # characters that become tokens at once while nobody knows whether all of them fit
+
+
+def longest_token(tokenizer: TokenizerWrapper) -> int:
+    """Characters of a tokenizer's longest token."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+def too_many(tokenizer: TokenizerWrapper, longest: int, text: str, limit: int) -> str:
+    """What a text has, where that is more tokens than a limit; else nothing. In memory that the text cannot make large:
+    a tokenizer takes hundreds of bytes for each character, and all are made to tokens by whoever asks next.
+
+    Args:
+        tokenizer: the model's.
+        longest: as `longest_token` gives it.
+        text: of any length.
+        limit: tokens.
+    """
+    if len(text) > limit * longest:
+        return f"{len(text)} characters, at least {len(text) // longest} tokens"
+    tokens, cut = 0, 0  # a cut may make as many tokens of one as it has characters
+    for start in range(0, len(text), PIECE) if len(text) > PIECE else ():
+        tokens += len(tokenizer.encode(text[start : start + PIECE], add_special_tokens=False))
+        if tokens - cut > limit:
+            return f"{len(text)} characters, more than {limit} tokens"
+        cut += longest
+    return ""
+
 
 class Tokenizer(TokenizerWrapper):
     """mlx-lm's wrapper; its calls raise FormatError where a library trips over the tokenizer's files.

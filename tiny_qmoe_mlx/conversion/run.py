@@ -18,7 +18,7 @@ import xxhash
 from mlx.utils import tree_unflatten
 from threadpoolctl import threadpool_limits
 
-from tiny_qmoe_mlx import masked_spans, native, process
+from tiny_qmoe_mlx import masked_spans, native, paths, process
 from tiny_qmoe_mlx.container import MANIFEST, open_model
 from tiny_qmoe_mlx.container_writer import write_manifest
 from tiny_qmoe_mlx.conversion import coded, layerwise, rest, unfinished
@@ -81,7 +81,7 @@ def convert(
     settings.check()
     require_compiler()
     _check_together(settings, stream_shards, finetune)
-    output = Path(mlx_path)
+    output = paths.real(mlx_path)  # whatever becomes of the current directory
     clear_leftovers(output)
     uploader = Uploader(upload_repo, overwrite=overwrite) if upload_repo else None
     whole = bool(uploader or finetune) and not overwrite and is_whole(output, str(hf_path))
@@ -232,7 +232,7 @@ def _open(wanted: Wanted) -> tuple[hub.Located, SourceShards | None]:
     """Where the original lies, and its shards if they come one by one."""
     if not wanted.stream_shards:
         return hub.locate(wanted.source, wanted.revision), None
-    if Path(wanted.source).expanduser().exists():
+    if paths.expanded(wanted.source).exists():
         raise ValueError(
             f"[convert] --stream-shards fetches a hub id's weights, {wanted.source} is on this disk already."
         )

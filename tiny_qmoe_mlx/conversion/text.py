@@ -7,18 +7,22 @@ reach many experts.
 
 import json
 import random
-from collections.abc import Callable, Iterator
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tiny_qmoe_mlx.disk_reads import read_bytes
+from tiny_qmoe_mlx import paths, plain_files
 from tiny_qmoe_mlx.errors import BudgetError, FormatError
 
 BUILTIN_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 BUILTIN, NONE, SELF = "builtin", "none", "self"
 CHATS = ".jsonl"
+MOST_TEXT = 1 << 28  # bytes of a file: more than any calibration or measurement takes
+PIECE = 1 << 19  # characters that become tokens at once
 TEMPERATURE, TOP_P = 1.0, 0.95  # of the model that writes for itself
 Progress = Callable[[str, int, int], None]
 
@@ -107,7 +111,7 @@ def calibration_tokens(
     if source == SELF:
         return self_written(original, tokenizer, sequences, length, seed, progress)
     path = BUILTIN_TEXT if source == BUILTIN else Path(source)
-    ids = chat_tokens(path, tokenizer) if path.suffix == CHATS else _encode(tokenizer, read_text(path))
+    ids = chat_tokens(path, tokenizer) if path.suffix == CHATS else text_tokens(tokenizer, read_text(path))
     return token_batch(ids, sequences, length, str(path), beginning(tokenizer))
 
 
@@ -120,8 +124,21 @@ def beginning(tokenizer: Any) -> list[int]:
     return [first] if first is not None and list(tokenizer.encode("a"))[:1] == [first] else []
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))  # longer than the context, on purpose
+def text_tokens(tokenizer: Any, text: str, most: int = sys.maxsize) -> "array[int]":
+    """Tokens of a text, at least the first `most`, without special ones; a long text in pieces, as tokenizers take
+    hundreds of bytes for each character. A piece ends before a line or a word of its second half, if it can.
+    """
+    ids, start = array("i"), 0
+    while start < len(text) and len(ids) < most:
+        end = start + PIECE
+        if end < len(text):
+            half = start + PIECE // 2
+            found = max(text.rfind("\n", half, end), text.rfind(" ", max(half, end - 1000), end))
+            end = found if found > 0 else end
+        # longer than the context, on purpose
+        ids.extend(tokenizer.encode(text[start:end], add_special_tokens=False, verbose=False))
+        start = end
+    return ids
 
 
 # ---- files
@@ -131,11 +148,12 @@ def read_text(path: Path, where: str = "calibration") -> str:
     """The text of a calibration file, or of another one that `where` names in errors.
 
     Raises:
-        FormatError: missing, empty, or not UTF-8 text.
+        FormatError: missing, empty, too long, or not UTF-8 text; or its name is none.
     """
+    paths.require_text(path.name, where)
     if not path.is_file():
         raise FormatError(f"[{where}] {path} should be a text file; there is no such file.")
-    raw = read_bytes(path)
+    raw = plain_files.read(path, MOST_TEXT)
     if not raw.strip():
         raise FormatError(f"[{where}] {path} should hold text, it is empty.")
     try:
@@ -149,7 +167,9 @@ def read_text(path: Path, where: str = "calibration") -> str:
     return text
 
 
-def token_batch(ids: list[int], sequences: int, length: int, where: str, begin: list[int] | None = None) -> np.ndarray:
+def token_batch(
+    ids: Sequence[int], sequences: int, length: int, where: str, begin: list[int] | None = None
+) -> np.ndarray:
     """Equal stretches of a text, spread evenly over it: int32 (at most `sequences`, length); `begin` before each, where
     there is room for more than it.
 
@@ -163,7 +183,7 @@ def token_batch(ids: list[int], sequences: int, length: int, where: str, begin: 
         )
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     begin = begin if begin and length > len(begin) else []
-    return np.stack([np.asarray((begin + ids[s : s + length])[:length], np.int32) for s in starts])
+    return np.stack([np.asarray([*begin, *ids[s : s + length]][:length], np.int32) for s in starts])
 
 
 def chat_tokens(path: Path, tokenizer: Any) -> list[int]:
@@ -193,7 +213,7 @@ def _line_tokens(line: str, tokenizer: Any, where: str) -> list[int]:
             f"{line.strip()[:60]!r}."
         )
     if "messages" not in chat and "prompt" not in chat:
-        return _encode(tokenizer, _text(chat, "text", where))
+        return text_tokens(tokenizer, _text(chat, "text", where)).tolist()
     messages = chat["messages"] if "messages" in chat else _pair(chat, where)
     if type(messages) is not list or not messages or not all(type(m) is dict for m in messages):
         raise FormatError(f'{where} "messages" should be a list of objects with role and content.')
@@ -226,7 +246,7 @@ def _render(messages: list[dict], tools: Any, tokenizer: Any, where: str) -> lis
     except Exception as error:  # a template is a program of the checkpoint, and fails as programs do
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"{where} does not go through the model's chat template: {reason}") from error
-    return _encode(tokenizer, text)
+    return text_tokens(tokenizer, text).tolist()
 
 
 # ---- self

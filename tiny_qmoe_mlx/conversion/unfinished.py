@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tiny_qmoe_mlx import plain_files
+from tiny_qmoe_mlx import paths, plain_files
 from tiny_qmoe_mlx.disk_reads import read_header, read_tensor
 from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.staging import (
@@ -40,6 +40,7 @@ class CannotGoOn(FormatError):
     """An unfinished directory that this run may not touch."""
 
 
+FIRST = {TOKENS, f"{TOKENS}.partial", f"{PLAN}.partial"}  # all that is written before there is a plan
 MOST_PLAN, MOST_TOKENS = 1 << 26, 1 << 30  # bytes
 BEGIN_ANEW = "or remove that directory to begin anew"
 
@@ -54,7 +55,7 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: `out` is in the way, or the unfinished directory is a stranger's.
         OSError: another conversion writes the same output, or the system says no.
     """
-    target = Path(out).resolve()
+    target = paths.real(out)
     check_target(target, overwrite)
     directory = target.with_name(target.name + ".partial")
     lock = _lock(directory)
@@ -70,7 +71,8 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             (target / name).unlink(missing_ok=True)
     except BaseException as error:
         useless = type(error) is ValueError  # not FormatError: a hub that cannot be reached may be there tomorrow
-        if ours and not earlier and (useless or not (directory / STATE).exists()):
+        begun = earlier or isinstance(error, CannotGoOn)
+        if ours and not begun and (useless or not (directory / STATE).exists()):
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
@@ -79,6 +81,8 @@ def unfinished_directory(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def _lock(directory: Path) -> int:
     """A handle that locks the directory, made if need be; another process may rename or remove it at any moment."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise _strangers(directory)
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -94,24 +98,23 @@ def _lock(directory: Path) -> int:
             os.close(lock)
 
 
-def _is_ours(directory: Path) -> bool:
-    """Whether all that lies in the directory can be a conversion's."""
-    names = [entry.name for entry in directory.iterdir()]
-    return PLAN in names or all(map(_is_half_written, names))
-
-
 def _refuse_strangers(directory: Path) -> None:
-    """A directory that another program filled is not touched; what a killed run left half-written is removed."""
-    if not _is_ours(directory):
-        sentence = f"[{directory}] exists and no conversion began it; move it away, or choose another --mlx-path"
-        raise FileExistsError(errno.EEXIST, sentence)
-    for path in [entry for entry in directory.iterdir() if _is_half_written(entry.name)]:
-        path.unlink()
+    """A directory that another program filled is not touched; what a killed run left half-written is removed, and what
+    it left before it had a plan, since nobody knows what that was for.
+    """
+    names = [entry.name for entry in directory.iterdir()]
+    begun = PLAN in names
+    if not begun and not FIRST.issuperset(names):
+        raise _strangers(directory)
+    for name in names:
+        if not begun or name.startswith(".partial-") or name.endswith(".partial"):
+            (directory / name).unlink()
     plain_files.check_directory(directory)
 
 
-def _is_half_written(name: str) -> bool:
-    return name.startswith(".partial-") or name.endswith(".partial")
+def _strangers(directory: Path) -> FileExistsError:
+    sentence = f"[{directory}] exists and no conversion began it; move it away, or choose another --mlx-path"
+    return FileExistsError(errno.EEXIST, sentence)
 
 
 def agree(directory: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

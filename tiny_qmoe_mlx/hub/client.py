@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tiny_qmoe_mlx import plain_files
+from tiny_qmoe_mlx import paths, plain_files
 from tiny_qmoe_mlx.disk_reads import read_bytes
 from tiny_qmoe_mlx.errors import FormatError
 
@@ -55,9 +55,10 @@ def locate(model: str, revision: str | None = None, quiet: bool = False) -> Loca
         FormatError: neither a directory nor a repository that can be had, or one that holds other things than files.
         ValueError: a revision of a directory.
     """
-    path = Path(model).expanduser()
+    path = paths.expanded(model)
     if path.is_dir():
         require_no_revision(model, revision)
+        paths.require_text(path, "model")
         plain_files.check_directory(path)
         return Located(path)
     require_id(model)
@@ -84,7 +85,7 @@ def require_id(model: str) -> None:
     Raises:
         FormatError: what it should be.
     """
-    if Path(model).expanduser().exists():
+    if paths.expanded(model).exists():
         raise FormatError(
             f"[model] {model} should be a directory, it is a file; name the directory that holds config.json."
         )

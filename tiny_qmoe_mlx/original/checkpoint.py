@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tiny_qmoe_mlx import allocator, config_file, model_file, plain_files, safetensors_header
+from tiny_qmoe_mlx import allocator, compiled, config_file, model_file, plain_files, safetensors_header
 from tiny_qmoe_mlx.codecs.affine import Packing
 from tiny_qmoe_mlx.errors import FormatError, shown
 from tiny_qmoe_mlx.hub import client as hub
@@ -77,6 +77,7 @@ def read_original(directory: Path) -> dict:
         FormatError: as `read_config`; or code of its own, a link that leaves the directory, a damaged header, a tensor
             that stands in two of the files.
     """
+    compiled.settle()
     plain_files.check_directory(directory)
     config = read_config(directory)
     if "tiny_qmoe" not in config:

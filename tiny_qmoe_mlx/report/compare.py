@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 from tiny_qmoe_mlx import budget, masked_spans, models
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion import writer
-from tiny_qmoe_mlx.conversion.text import beginning
+from tiny_qmoe_mlx.conversion.text import beginning, text_tokens
 from tiny_qmoe_mlx.library_errors import computing
 from tiny_qmoe_mlx.masked_spans import Masked, is_encoder_decoder
 from tiny_qmoe_mlx.original import dense
@@ -22,6 +22,7 @@ from tiny_qmoe_mlx.original.shipped import dequantize_rest
 from tiny_qmoe_mlx.vocabulary import check_ids
 
 Progress = Callable[[str, int, int], None]
+MOST_NATS = 709.0  # whose exponential a float holds
 
 
 def evaluate(
@@ -39,15 +40,15 @@ def evaluate(
         positions where both like the same token best) and against_perplexity.
 
     Raises:
-        ValueError: the two vocabularies differ.
+        ValueError: the two vocabularies differ, or a model predicts what is no probability.
     """
     rows = []
     for i, window in enumerate(windows):
         rows.append(_score(model, against, window))
         progress("evaluating", i + 1, len(windows))
     columns = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
-    nll = float(columns[0].mean())
-    out = {"tokens": len(columns[0]), "nll": nll, "perplexity": math.exp(nll)}
+    nll = float(columns[0].mean(dtype=np.float64))
+    out = {"tokens": len(columns[0]), "nll": nll, "perplexity": _perplexity(nll)}
     if against is not None:
         kl = columns[2]
         out |= {
@@ -55,9 +56,18 @@ def evaluate(
             "kl_median": float(np.median(kl)),
             "kl_p99": float(np.quantile(kl, 0.99)),
             "top1": float(columns[3].mean()),
-            "against_perplexity": math.exp(float(columns[1].mean())),
+            "against_perplexity": _perplexity(float(columns[1].mean(dtype=np.float64))),
         }
     return out
+
+
+def _perplexity(nll: float) -> float:
+    """Of a mean in nats; infinite where no number is so large."""
+    if math.isnan(nll):
+        raise ValueError(
+            "[evaluate] a model should predict probabilities, it gives NaN; its weights are too large to compute with."
+        )
+    return math.exp(nll) if nll < MOST_NATS else math.inf
 
 
 def _score(model: Any, against: Any, window: list[int]) -> list[Any]:
@@ -117,7 +127,10 @@ def windows_of(text: str, length: int, tokens: int, tokenizer: Any, config: dict
         ValueError: fewer than two tokens, one that the model does not have, or a window with more spans than the
             tokenizer has sentinels.
     """
-    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    most = (
+        8 * tokens + length if is_encoder_decoder(config) else tokens + 1
+    )  # of the tokens a fifth at least is predicted
+    ids = text_tokens(tokenizer, text, most).tolist()
     if ids:
         check_ids(config, ids, "text")
     if not is_encoder_decoder(config):

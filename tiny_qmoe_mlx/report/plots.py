@@ -4,6 +4,7 @@ matplotlib is an optional dependency (`pip install tiny-qmoe-mlx[plots]`).
 """
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,13 @@ def draw_layers(layers: list[dict[str, Any]], path: Path) -> bool:
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
+    logger = logging.getLogger("matplotlib")  # which warns of a home directory that it cannot write to
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        logger.setLevel(before)
     figure = Figure(figsize=(8, 1 + 2.6 * panels), layout="constrained")  # without pyplot: no display, no global state
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     return figure, list(axes)

@@ -5,7 +5,6 @@ it takes them in. Nothing else of the manifest is touched, so damage elsewhere i
 """
 
 import json
-import math
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,12 +17,12 @@ import xxhash
 from tiny_qmoe_mlx import __version__, masked_spans
 from tiny_qmoe_mlx.container import FORMAT_VERSION, MANIFEST, SELF, Container, file_hash, read_config, read_manifest
 from tiny_qmoe_mlx.disk_reads import read_bytes
-from tiny_qmoe_mlx.errors import BudgetError
+from tiny_qmoe_mlx.errors import BudgetError, FormatError, shown
 from tiny_qmoe_mlx.masked_spans import is_encoder_decoder
 from tiny_qmoe_mlx.original import checkpoint
 from tiny_qmoe_mlx.report import card, plots
 from tiny_qmoe_mlx.spec import CODEC
-from tiny_qmoe_mlx.staging import UNFINISHED, atomic_file, write_json
+from tiny_qmoe_mlx.staging import UNFINISHED, atomic_file, finite, write_json
 
 QUALITY, RATES, LAYERS = "quality.json", "rates.png", "kl.png"
 OWN_SEED = 1_000_003  # of text that the original writes to be measured on: not the calibration's
@@ -85,7 +84,7 @@ def write_report(
     merged["layers"] = _join(kept.get("layers"), (quality or {}).get("layers"))
     merged = {key: value for key, value in merged.items() if value}
     if merged:
-        merged = _finite(merged)
+        merged = finite(merged)
         write_json(directory / QUALITY, merged)
     notes = _draw(directory, merged)
     notes += _write_card(directory, source, merged, name or directory.resolve().name)
@@ -100,15 +99,6 @@ def _join(old: Any, new: Any) -> list[dict[str, Any]]:
     for row in [*(old or []), *(new or [])]:
         rows.setdefault(row["layer"], {}).update(row)
     return [rows[layer] for layer in sorted(rows)]
-
-
-def _finite(value: Any) -> Any:
-    """The same, with None for what JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_quality(directory: Path) -> dict[str, Any]:
@@ -205,6 +195,7 @@ def measure(
     from tiny_qmoe_mlx.report import compare, tasks
 
     config = checkpoint.read_config(Path(directory))
+    _require_original(config, source)
     if is_encoder_decoder(config):
         if text is None:
             raise BudgetError(
@@ -228,6 +219,27 @@ def measure(
         finally:
             pair.converted.close()
     return out
+
+
+def _require_original(config: dict[str, Any], source: Path) -> None:
+    """Refuse another model than the one that was converted, whose layers the compressed experts would not fit.
+
+    Raises:
+        FormatError: with the first number of both configs that differs.
+    """
+    own, other = (_numbers(found) for found in (config, checkpoint.read_config(source)))
+    for key in own.keys() & other.keys():
+        if own[key] != other[key]:
+            raise FormatError(
+                f"[report] {source} should be the original that was converted, its {shown(key)} is "
+                f"{shown(other[key])}, that of the converted model {shown(own[key])}; name the original with --against."
+            )
+
+
+def _numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """The type, sizes and counts in a config, which no conversion changes."""
+    parts = {**config, **(config.get("text_config") or {})}
+    return {k: v for k, v in parts.items() if k == "model_type" or (type(v) is int and not k.endswith("_id"))}
 
 
 def _run_tasks(out: dict[str, Any], pair: Any, count: int, progress: Progress) -> None:

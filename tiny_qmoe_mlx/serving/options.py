@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import generate_options, terminal
@@ -20,6 +19,8 @@ EXAMPLES = """
     -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 """
 MANY = 1 << 20
+MOST_KEY = 1 << 14  # bytes: a header has no more
+TEMPLATE_OWN = (*generate_options.TEMPLATE_OWN, "tools")  # said by us, or by each request
 RANGES = (
     ("port", 0, 65535),
     ("context", 16, MANY),
@@ -171,8 +172,8 @@ def template_args(text: str | None) -> dict[str, Any]:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"[server] --chat-template-args should be JSON and is not: {error}.") from error
-    if not isinstance(value, dict) or set(value).intersection(generate_options.TEMPLATE_OWN):
-        own = ", ".join(generate_options.TEMPLATE_OWN)
+    if not isinstance(value, dict) or set(value).intersection(TEMPLATE_OWN):
+        own = ", ".join(TEMPLATE_OWN)
         raise ValueError(
             f"[server] --chat-template-args should be a JSON object without {own}, received {shown(text)}."
         )
@@ -188,10 +189,11 @@ def api_key(file: str | None) -> str | None:
     if file is None:
         return None
     try:
-        text = Path(file).read_text(errors="replace").strip()
+        with open(file, "rb") as opened:  # a pipe too, as a shell's <(pass key) is one
+            text = opened.read(MOST_KEY).decode(errors="replace").strip()
     except OSError as error:
         why = error.strerror or error
         raise ValueError(f"[server] --api-key-file should name a file with a key, {file}: {why}.") from error
-    if not text or not text.isascii() or not text.isprintable() or " " in text:
+    if not text or not text.isascii() or not text.isprintable() or " " in text or len(text) >= MOST_KEY:
         raise ValueError(f"[server] --api-key-file should hold one key of visible ASCII characters, {file} does not.")
     return text

@@ -11,8 +11,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx.serving.refusal import Refused
-
-PIECE = 1 << 14  # characters that become tokens at once while nobody knows whether all of them fit
+from tiny_qmoe_mlx.tokenizer import longest_token, too_many
 
 
 def too_long(prompt: str, limit: int) -> Refused:
@@ -27,7 +26,7 @@ class Measured:
     def __init__(self, tokenizer: TokenizerWrapper, limit: int):
         """limit: tokens."""
         self._own, self._limit = tokenizer, limit
-        self._longest = max(map(len, tokenizer.get_vocab()))
+        self._longest = longest_token(tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
@@ -66,13 +65,8 @@ class Measured:
         self._check_letters(letters)
 
     def _check(self, text: str) -> None:
-        self._check_letters(len(text))
-        tokens, cut = 0, 0  # a cut may make as many tokens of one as it has characters
-        for start in range(0, len(text), PIECE) if len(text) > PIECE else ():
-            tokens += len(self._own.encode(text[start : start + PIECE], add_special_tokens=False))
-            if tokens - cut > self._limit:
-                raise too_long(f"{len(text)} characters, more than {self._limit} tokens", self._limit)
-            cut += self._longest
+        if found := too_many(self._own, self._longest, text, self._limit):
+            raise too_long(found, self._limit)
 
     def _check_letters(self, letters: int) -> None:
         if letters > self._limit * self._longest:
