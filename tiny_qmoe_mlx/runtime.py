@@ -3,7 +3,7 @@
 import resource
 import sys
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,18 @@ class Runtime:
     ):
         self.container = container
         self.budget, self._loaded_bytes = budget, budget.budget_bytes
-        self.streaming = streaming
+        # of the directory that the process is in now: a program may leave it before the profile is written
+        profile = Path(streaming.profile).absolute() if streaming.profile else None
+        self.streaming = streaming = replace(streaming, profile=profile)
         warm = _warmest(container, budget, streaming)
         judge = ahead.Judge(streaming.lookahead)
+        self._door = door or Door()
         self.store = ExpertStore(container, [layer._kind for layer in layers], streaming.checks)
-        self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
+        try:
+            self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
+        except BaseException:  # no memory for it
+            self.store.close()
+            raise
         self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
         # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
         self._end = weakref.finalize(self, _end, door, self._pressure, self.cache)
@@ -89,7 +96,12 @@ class Runtime:
 
         Raises:
             BudgetError: too small, with the smallest that works; or more than the pool was made for. It is as it was.
+            ValueError: the model has been closed; this is a fork of the process that it was loaded in.
         """
+        with self._door.call():
+            self._set_memory(memory)
+
+    def _set_memory(self, memory: str | int) -> None:
         cpu = mx.default_device() == mx.cpu
         asked = budgets.split(self.container, budgets.parse_memory(memory), self.budget.context, cpu)
         pools = self.cache.pools.items()
