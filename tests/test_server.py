@@ -105,6 +105,14 @@ def test_a_seed_makes_sampling_repeatable(client):
 
 
 @pytest.mark.parametrize("alone_too", [{}, {"seed": 1}], ids=["in a batch", "alone"])
+@pytest.mark.parametrize("cold", [{"temperature": 5e-324}, {"temperature": 1e-40}, {"top_p": 0}, {"top_p": 1e-300}])
+def test_numbers_that_vanish_leave_the_likeliest_token(live, alone, cold):
+    """And what others sample: MLX takes the whole number 1 for 5e-324 where it has compiled for that before."""
+    for options in ({"temperature": 1, **cold}, {"temperature": 1, "top_k": 1}, {"temperature": 1, "min_p": 1}):
+        answer = live.get(TEXT, {"prompt": "wind rain", "max_tokens": 6, **options})
+        assert answer["choices"][0]["text"] == alone("wind rain", 6), options
+
+
 @pytest.mark.parametrize("more", ["", "b", " and on"])
 def test_a_client_goes_on_from_an_answer_that_was_cut(live, alone, more, alone_too):
     """All of its prompt, or all but the end, is cached; mlx-lm counts a token too many of what was served alone."""

@@ -212,12 +212,14 @@ def decoding(tokenizer: Any, draft: Any, cache: Any, args: "argparse.Namespace")
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from tiny_qmoe_mlx import generate_options as options
+
     mx.random.seed(args.seed)
     penalty = args.repetition_penalty if args.repetition_penalty != 1 else None
     return {
         "max_tokens": args.max_tokens,
         "sampler": make_sampler(
-            args.temp,
+            0.0 if options.is_greedy(args.temp, args.top_p) else args.temp,
             top_p=args.top_p if args.top_p < 1 else 0.0,
             min_p=args.min_p,
             min_tokens_to_keep=args.min_tokens_to_keep,

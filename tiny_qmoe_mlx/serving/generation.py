@@ -23,6 +23,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
+from tiny_qmoe_mlx.generate_options import is_greedy
 from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
@@ -117,7 +118,7 @@ def guarded(step: Callable, otherwise: Callable, fail: Callable[[Exception], Non
 
 def sampler(args: Any, tokenizer: TokenizerWrapper) -> Callable:
     """mlx-lm's for a request, which fails alone."""
-    if args.sampling.temperature == 0:
+    if is_greedy(args.sampling.temperature, args.sampling.top_p):
         return greedy_sampler  # as mlx-lm does, which calls a sampler of all requests once
     made = functools.cache(lambda: mlx_server._make_sampler(args, tokenizer))
     return guarded(lambda logprobs: made()(logprobs), greedy_sampler, args.fail)

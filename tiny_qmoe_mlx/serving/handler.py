@@ -33,6 +33,9 @@ LARGE_WAIT_S = 30.0  # until the turn of a large one
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
 DRAIN_S = 2.0  # of what was no request
 PAGE = Path(__file__).parent / "page"
+SHARES = ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold")
+READ = b"{}"  # for mlx-lm, where the body has been read
+LOGGED = 200  # characters of a request in the log
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 PAGES = {  # looked up once: no name from a request ever reaches the file system
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -275,8 +278,10 @@ class Handler(mlx_server.APIHandler):
     # ---- answers
 
     def validate_model_parameters(self) -> None:
-        """As mlx-lm's, for numbers given as whole ones too."""
-        self.xtc_probability, self.xtc_threshold = map(_as_float, (self.xtc_probability, self.xtc_threshold))
+        """As mlx-lm's, for numbers given as whole ones too: MLX keeps what it has compiled by a number's bits, and
+        takes the whole number 1 for 5e-324, which one client may send to spoil what all others sample."""
+        for name in SHARES:
+            setattr(self, name, _as_float(getattr(self, name)))
         super().validate_model_parameters()
 
     def generate_response(self, *inputs: Any, **named: Any) -> dict[str, Any]:
