@@ -237,6 +237,7 @@ def test_more_connections_than_the_machine_can_hold_are_told_so(served, monkeypa
             time.sleep(0.1)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_disk_that_fails_for_a_while_fails_one_answer(served, alone, monkeypatch, stream):
     """Experts are read anew for every token; the request that meets the fault is told, the next one is answered."""
@@ -244,7 +245,7 @@ def test_a_disk_that_fails_for_a_while_fails_one_answer(served, alone, monkeypat
 
     def preadv(*inputs, **options):
         if failing.is_set():
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(number, os.strerror(number))
         return real(*inputs, **options)
 
     monkeypatch.setattr(os, "preadv", preadv)
@@ -257,7 +258,7 @@ def test_a_disk_that_fails_for_a_while_fails_one_answer(served, alone, monkeypat
             failing.set()
         error = json.loads(answer.read().decode().strip().splitlines()[-1].removeprefix("data: "))["error"]
         assert (error["type"], answer.status) == ("server_error", 200 if stream else 500)
-        assert "Input/output error" in error["message"]
+        assert os.strerror(number) in error["message"]
         failing.clear()
         here.wait(lambda m: m["tiny_qmoe_requests_active"] == 0)
         assert here.get("/health") == {"status": "ok"}

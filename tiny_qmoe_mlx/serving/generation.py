@@ -62,6 +62,8 @@ class Asked(mlx_server.CompletionRequest):
                 word.stop()
         self.words.put(word)
 
+        if isinstance(word, ConnectionError | TimeoutError):  # of a disk: it would read as the client's leaving
+            word = RuntimeError(reason(word))
     def fail(self, error: Exception) -> None:
         """Nothing more comes for it but this."""
         self.put(error)
