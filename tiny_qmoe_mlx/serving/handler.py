@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import unquote
 from typing import Any, NoReturn
 
 from mlx_lm import server as mlx_server
@@ -299,7 +300,7 @@ class Handler(mlx_server.APIHandler):
         if self.path == "/v1/models":
             self._send_json({"object": "list", "data": [one]})
             return
-        self._check_model({"model": self.path.removeprefix("/v1/models/")})
+        self._check_model({"model": unquote(self.path.removeprefix("/v1/models/"))})  # a client writes / as %2F
         self._send_json(one)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
