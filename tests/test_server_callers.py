@@ -18,6 +18,8 @@ CALLERS = {
     "a page of another site": ({"Origin": "https://evil.example"}, 403),
     "a page from a file": ({"Origin": "null"}, 403),
     "a page of this machine": ({"Origin": "http://localhost:3000"}, 200),
+    "a path for a name": ({"Host": "localhost/evil.example"}, 403),
+    "a name before ours": ({"Host": "evil.example@localhost"}, 403),
     "this machine by name": ({"Host": "localhost:80"}, 200),
 }
 

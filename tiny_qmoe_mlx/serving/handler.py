@@ -70,7 +70,7 @@ class Handler(mlx_server.APIHandler):
         super().setup()
         self.rfile.close()
         self._received = wire.Received(self.connection)
-        self.rfile = io.BufferedReader(self._received)
+        self.rfile = self._head = wire.Head(self._received)
 
     def do_GET(self) -> None:
         self._guard(self._get)
@@ -90,7 +90,7 @@ class Handler(mlx_server.APIHandler):
         try:
             if self._received.ended:  # the library takes the end of what came for the end of the head
                 raise ConnectionAbortedError("the client left in mid-request")
-            wire.check_head(self.headers, self.request_version)
+            wire.check_head(self.headers, self.request_version, self._head.odd)
             self._unread = wire.body_length(self.headers, self.command == "POST")
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
@@ -363,7 +363,7 @@ class Handler(mlx_server.APIHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the HTTP library refuses by itself; how much is still to come is not known."""
-        self._unread = DRAIN_BYTES
+        self._unread, self.request_version = DRAIN_BYTES, "HTTP/1.0"  # which has a status, whatever it was
         self._received.allow(DRAIN_S, 2 * DRAIN_BYTES)
         self._refuse(Refused(code, message or "the request is not HTTP as this server speaks it."))
         self.close_connection = True
