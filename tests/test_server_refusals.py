@@ -263,6 +263,16 @@ def test_what_people_ask_is_not_logged(live):
     assert not any("mother-of-pearl" in line for line in live.errors)
 
 
+def test_the_log_is_text_whatever_is_asked_for(live):
+    """A terminal obeys some bytes; what comes after a question mark may be a prompt."""
+    for line in (b"GET /\x1b]0;odd\x07\x9b31m HTTP/1.1", b"F\x1b[31m /odd?q=mother-of-pearl HTTP/1.1"):
+        live.raw(line + b"\r\nHost: localhost\r\n\r\n")
+    live.open("/health").read()
+    lines = [line for line in live.errors if "odd" in line]
+    assert len(lines) == 2 and all(line.rstrip("\n").isprintable() for line in lines), lines
+    assert not any("mother-of-pearl" in line for line in lines)
+
+
 def test_only_this_machine_reaches_it_unless_told(live):
     """Every socket on which it listens is on the loopback interface."""
     if not sys.platform.startswith("linux"):

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 from typing import Any, NoReturn
 
 from mlx_lm import server as mlx_server
+from tiny_qmoe_mlx.errors import shown
 
 from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import callers, checks, figures, openapi, wire
@@ -37,17 +38,6 @@ PAGE = Path(__file__).parent / "page"
 SHARES = ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold")
 READ = b"{}"  # for mlx-lm, where the body has been read
 LOGGED = 200  # characters of a request in the log
-KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
-PAGES = {  # looked up once: no name from a request ever reaches the file system
-    "/": ("index.html", "text/html; charset=utf-8"),
-    **{f"/page/{file.name}": (file.name, KINDS[file.suffix]) for file in PAGE.glob("*.*") if file.suffix in KINDS},
-}
-COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
-OWN = ("/health", "/metrics", "/experts", "/openapi.json", "/v1/models")
-NOTHING = "there is nothing of this name here."
-OPEN = ("/health", "/openapi.json", *PAGES)  # need no key
-POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
-NO_CHANCE = -9999.0
 log = logging.getLogger("tiny_qmoe_mlx.server")
 
 
@@ -101,10 +91,10 @@ class Handler(mlx_server.APIHandler):
             self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
             self.generation.counters.left()
-            log.info("%s %s: %s", self.command, self.path, reason(error))
+            log.info("%s: %s", self._asked, reason(error))
             self.close_connection = True
         except Exception as error:  # one request's trouble is not the server's
-            log.error("%s %s failed: %s %s", self.command, self.path, type(error).__name__, reason(error))
+            log.error("%s failed: %s %s", self._asked, type(error).__name__, reason(error))
             self._refuse(Refused(500, f"the request failed: {reason(error)}", "internal_error"))
 
     def _get(self) -> None:
@@ -316,7 +306,7 @@ class Handler(mlx_server.APIHandler):
         if error is None:
             raise Refused(status, NOTHING if status == 404 else "generation has stopped; start the server again.")
         if status != 400:
-            log.error("%s failed: %s %s", self.path, type(error).__name__, reason(error))
+            log.error("%s failed: %s %s", self._asked, type(error).__name__, reason(error))
             raise Refused(500, f"the answer could not be computed: {reason(error)}", "internal_error") from error
         raise Refused(400, reason(error)) from error
 
@@ -375,10 +365,7 @@ class Handler(mlx_server.APIHandler):
         """The status goes out, and is counted: mlx-lm says 200 when it begins, before an answer may fail."""
         super().end_headers()
         self.generation.counters.status(self._status)
-        log.info("%s %s %d", self.command, getattr(self, "path", ""), self._status)
-
-    def log_message(self, format: str, *values: Any) -> None:
-        log.info(format, *values)
+        log.info("%s %d", self._asked, self._status)
 
 
 def methods(path: str) -> tuple[str, ...]:
@@ -391,3 +378,7 @@ def methods(path: str) -> tuple[str, ...]:
 
 def _as_float(value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
+    @property
+    def _asked(self) -> str:
+        """Method and path for the log: bytes of a stranger's, which a terminal might obey."""
+        return shown(f"{self.command} {getattr(self, 'path', '').partition('?')[0]}", LOGGED)
