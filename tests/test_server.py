@@ -13,7 +13,7 @@ from server_process import CHAT, CONTEXT, TEXT, TOKENS, chat, least, serving
 
 import tiny_qmoe_mlx
 from tiny_qmoe_mlx import container, footprint
-from tiny_qmoe_mlx.serving import batch, handler, openapi, schema
+from tiny_qmoe_mlx.serving import batch, openapi, paths, schema
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
 openai = pytest.importorskip("openai")
@@ -105,7 +105,6 @@ def test_a_seed_makes_sampling_repeatable(client):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("alone_too", [{}, {"seed": 1}], ids=["in a batch", "alone"])
 @pytest.mark.parametrize("cold", [{"temperature": 5e-324}, {"temperature": 1e-40}, {"top_p": 0}, {"top_p": 1e-300}])
 def test_numbers_that_vanish_leave_the_likeliest_token(live, alone, cold):
     """And what others sample: MLX takes the whole number 1 for 5e-324 where it has compiled for that before."""
@@ -114,6 +113,7 @@ def test_numbers_that_vanish_leave_the_likeliest_token(live, alone, cold):
         assert answer["choices"][0]["text"] == alone("wind rain", 6), options
 
 
+@pytest.mark.parametrize("alone_too", [{}, {"seed": 1}], ids=["in a batch", "alone"])
 @pytest.mark.parametrize("more", ["", "b", " and on"])
 def test_a_client_goes_on_from_an_answer_that_was_cut(live, alone, more, alone_too):
     """All of its prompt, or all but the end, is cached; mlx-lm counts a token too many of what was served alone."""
@@ -298,9 +298,9 @@ def test_the_description_names_every_path(live):
     found = live.get("/openapi.json")
     assert found == json.loads(json.dumps(openapi.DESCRIPTION)) and found["openapi"].startswith("3.1")
     named = {path.replace("{model}", "x"): [m.upper() for m in item] for path, item in found["paths"].items()}
-    assert sorted(named) == sorted([*handler.COMPLETIONS, *handler.OWN, "/", "/v1/models/x"])
+    assert sorted(named) == sorted([*paths.COMPLETIONS, *paths.OWN, "/", "/v1/models/x"])
     for path, methods in named.items():
-        assert [m for m in handler.methods(path) if m not in ("HEAD", "OPTIONS")] == methods
+        assert [m for m in paths.methods(path) if m not in ("HEAD", "OPTIONS")] == methods
 
 
 def test_metrics(live, served):

@@ -33,7 +33,7 @@ BODIES = {
     "nothing": (TEXT, b"", 400, "JSON"),
     "no UTF-8": (TEXT, b'{"prompt": "\xff\xfe"}', 400, "JSON"),
     "a list": (TEXT, [OK], 400, "object"),
-    "nested too deeply": (TEXT, b"[" * 100_000, 400, "JSON"),
+    "nested too deeply": (TEXT, b"[" * 50_000, 400, "JSON"),
     "no number": (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN"),
     "an endless number": (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "1e999"),
     "another model": (TEXT, {**OK, "model": "gpt-4"}, 404, "model should be"),

@@ -25,8 +25,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_qmoe_mlx import footprint
 from tiny_qmoe_mlx.generate_options import is_greedy
 from tiny_qmoe_mlx.library_errors import panics
-from tiny_qmoe_mlx.serving import figures
+from tiny_qmoe_mlx.serving import calls, figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
+from tiny_qmoe_mlx.serving.bodies import Bodies
 from tiny_qmoe_mlx.serving.prompt import Measured
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.vocabulary import check_ids
@@ -58,12 +59,13 @@ class Asked(mlx_server.CompletionRequest):
         """The context of its generation comes first; then progress and tokens, None at the end, or an error."""
         if isinstance(word, mlx_server.GenerationContext):
             self.context = word
+            word.tool_parser = calls.parser(word.tool_parser)  # type: ignore[assignment]
             if self.over:
                 word.stop()
-        self.words.put(word)
-
         if isinstance(word, ConnectionError | TimeoutError):  # of a disk: it would read as the client's leaving
             word = RuntimeError(reason(word))
+        self.words.put(word)
+
     def fail(self, error: Exception) -> None:
         """Nothing more comes for it but this."""
         self.put(error)
@@ -139,7 +141,7 @@ class Generation(mlx_server.ResponseGenerator):
         directory, config, cache: the model's; the cache is of its experts.
         counters: of all requests.
         limit: most tokens of a request, prompt and answer.
-        large: held while a large request is read.
+        bodies: turns of what clients send.
         stopping: no new request is taken.
     """
 
@@ -158,7 +160,7 @@ class Generation(mlx_server.ResponseGenerator):
         self.counters = figures.Counters()
         self.limit = min(args.context, footprint.longest_context(config))
         self._measured: Any = Measured(provider.tokenizer, self.limit)
-        self.large = threading.BoundedSemaphore(2)
+        self.bodies = Bodies()
         self.stopping = False
         self.batch: Batch | None = None
         self.directory, self.config = directory, config

@@ -12,29 +12,27 @@ import math
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
-from urllib.parse import unquote
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 from mlx_lm import server as mlx_server
-from tiny_qmoe_mlx.errors import shown
 
+from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.library_errors import panics
-from tiny_qmoe_mlx.serving import callers, checks, figures, openapi, wire
+from tiny_qmoe_mlx.serving import bodies, callers, calls, checks, figures, openapi, paths, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
 from tiny_qmoe_mlx.serving.prompt import too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.serving.schema import Grammars
 
 BODY_BYTES = 4 << 20
-SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
-LARGE_WAIT_S = 30.0  # until the turn of a large one
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
 DRAIN_S = 2.0  # of what was no request
-PAGE = Path(__file__).parent / "page"
+NOTHING = "there is nothing of this name here."
+NO_CHANCE = -9999.0
 SHARES = ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold")
 READ = b"{}"  # for mlx-lm, where the body has been read
 LOGGED = 200  # characters of a request in the log
@@ -98,8 +96,8 @@ class Handler(mlx_server.APIHandler):
             self._refuse(Refused(500, f"the request failed: {reason(error)}", "internal_error"))
 
     def _get(self) -> None:
-        if self.path in PAGES:
-            self._send_page(*PAGES[self.path])
+        if self.path in paths.PAGES:
+            self._send_page(*paths.PAGES[self.path])
         elif self.path == "/metrics":
             found = figures.rows(self.generation.stats(), self.generation.counters)
             self._send(figures.text(found).encode(), figures.CONTENT_TYPE)
@@ -115,38 +113,50 @@ class Handler(mlx_server.APIHandler):
 
     def _options(self) -> None:
         self.send_response(204)
-        self.send_header("Allow", ", ".join(methods(self.path)))
+        self.send_header("Allow", ", ".join(paths.methods(self.path)))
         self._set_cors_headers()
         self.end_headers()
 
     def _post(self) -> None:
         if self._unread > BODY_BYTES:
             raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
-        with self._large() if self._unread > SMALL_BYTES else nullcontext():
-            body = self._checked_body()
-        data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
+        with ExitStack() as self._turns:
+            self._turns.enter_context(self.generation.bodies.reading(self._unread))
+            if self._unread > bodies.SMALL_BYTES:
+                self._received.allow(wire.LARGE_S, 2 * DRAIN_BYTES, wire.LARGE_RATE)
+            self._body = self._checked_body()
+            self._post_checked()
+
+    def _post_checked(self) -> None:
+        """mlx-lm's part, which takes the request from `body`."""
+        connection = self.rfile
         del self.headers["Content-Length"]
-        self.headers["Content-Length"] = str(len(data))
-        self.rfile = io.BytesIO(data)
+        self.headers["Content-Length"] = str(len(READ))
+        self.rfile = io.BytesIO(READ)
         try:
             super().do_POST()
         finally:
             self.rfile = connection
 
-    @contextmanager
-    def _large(self) -> Iterator[None]:
-        """The turn of a large body, of which few are in memory at once: it may not take long to come."""
-        if not self.generation.large.acquire(timeout=LARGE_WAIT_S):
-            message = "other large requests are being read; try again."
-            raise Refused(503, message, "server_busy", {"Retry-After": "10"})
-        try:
-            self._received.allow(wire.LARGE_S, 2 * DRAIN_BYTES, wire.LARGE_RATE)
-            yield
-        finally:
-            self.generation.large.release()
+    @property
+    def body(self) -> dict[str, Any]:
+        """The request's JSON, of which only what is answered is left."""
+        return self._body
+
+    @body.setter
+    def body(self, value: Any) -> None:
+        """mlx-lm would read it once more, and keep both."""
+
+    def _forget(self, request: Any) -> None:
+        """Of what was asked the tokens are left, and what reads calls of tools: many may wait for their turn."""
+        request.prompt, request.messages, request.tools, request.role_mapping = "", [], None, None
+        self._body, self.chat_template_kwargs = {}, None
+        self._turns.close()
 
     def _checked_body(self) -> dict[str, Any]:
-        body = checks.parse(self._read_body())
+        data = self._read_body()
+        self._turns.enter_context(self.generation.bodies.objects())
+        body = checks.parse(data)
         self._check_model(body)
         checks.check(body, self.grammars.vocabulary)
         checks.check_prompt(body, self.path.endswith("/chat/completions"))
@@ -156,6 +166,7 @@ class Handler(mlx_server.APIHandler):
         """As mlx-lm's, for a request that fits the budget, when its turn has come."""
         with self.generation.entered():
             asked = self._ask(request)
+            self._forget(request)
             try:
                 super().handle_completion(asked, stop_words)
             finally:
@@ -165,7 +176,7 @@ class Handler(mlx_server.APIHandler):
         if request.tools and not self.generation.model_provider.tokenizer.has_tool_calling:
             raise Refused(400, "tools: mlx-lm knows no way in which this model calls any; leave them out.")
         tokenized = self.generation.tokens_of(request, self.chat_template_kwargs)
-        asked = Asked(**vars(request), tokenized=tokenized, gone=self._gone)
+        asked = Asked(request.request_type, "", [], calls.packed(request.tools), None, tokenized, gone=self._gone)
         prompt, limit = len(tokenized[0]), self.generation.limit
         stated = {"max_tokens", "max_completion_tokens"}.intersection(self.body)
         if prompt >= limit or (stated and prompt + self.max_tokens > limit):
@@ -188,11 +199,11 @@ class Handler(mlx_server.APIHandler):
         host, origin, args = self.headers.get("Host", ""), self.headers.get("Origin"), self.generation.cli_args
         callers.check(host, origin, args.host, args.allowed_host, args.allowed_origins)
         self._origin = origin or ""
-        if self.command != "OPTIONS" and self.path not in OPEN:
+        if self.command != "OPTIONS" and self.path not in paths.OPEN:
             self._check_key()
 
     def _check_method(self) -> None:
-        allowed = methods(self.path)
+        allowed = paths.methods(self.path)
         if not allowed:
             raise Refused(404, NOTHING)
         if self.command not in allowed:
@@ -220,7 +231,7 @@ class Handler(mlx_server.APIHandler):
     # ---- what they ask
 
     def _read_body(self) -> bytes:
-        small, parts = self._unread <= SMALL_BYTES, []
+        small, parts = self._unread <= bodies.SMALL_BYTES, []
         how = f"within {wire.BODY_S:g} s" if small else f"with at least {wire.LARGE_RATE} bytes a second"
         while self._unread:
             try:
@@ -336,7 +347,7 @@ class Handler(mlx_server.APIHandler):
                 left -= len(data)
 
     def _send_page(self, name: str, kind: str) -> None:
-        self._send((PAGE / name).read_bytes(), kind, more={"Content-Security-Policy": POLICY})
+        self._send((paths.PAGE / name).read_bytes(), kind, more={"Content-Security-Policy": paths.POLICY})
 
     def _send_json(self, value: Any, status: int = 200) -> None:
         self._send(json.dumps(value).encode(), "application/json", status)
@@ -367,18 +378,14 @@ class Handler(mlx_server.APIHandler):
         self.generation.counters.status(self._status)
         log.info("%s %d", self._asked, self._status)
 
-
-def methods(path: str) -> tuple[str, ...]:
-    """What may be done with a path; nothing where there is none of this name."""
-    if path in COMPLETIONS:
-        return ("POST", "OPTIONS")
-    known = path in OWN or path in PAGES or path.startswith("/v1/models/")
-    return ("GET", "HEAD", "OPTIONS") if known else ()
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value
     @property
     def _asked(self) -> str:
         """Method and path for the log: bytes of a stranger's, which a terminal might obey."""
         return shown(f"{self.command} {getattr(self, 'path', '').partition('?')[0]}", LOGGED)
+
+    def log_message(self, format: str, *values: Any) -> None:
+        log.info("%s", shown(format % values, LOGGED))
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
