@@ -182,6 +182,22 @@ def test_thoughts_are_left_free_of_a_schema(alone):
     end = tuple(encode(".>"))
     follow = schema.Follow(matcher(grammars._tokens, matcher.grammar_from_json_schema({"enum": [7]})), end)
     context, free = encode("think. of>"), []
+NOWHERE = {
+    "itself": {"$ref": "#"},
+    "an object in an object": {"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]},
+    "too many ways": {"anyOf": [{"type": "object", "required": [f"k{i}"]} for i in range(3000)]},
+}
+
+
+@pytest.mark.parametrize("what", NOWHERE)
+def test_a_schema_that_cannot_be_followed_to_its_end_is_told(live, what):
+    """llguidance finds some only where it gets there, and would end the answer as if it were whole."""
+    pytest.importorskip("llguidance")
+    asked = {"messages": chat("?"), "response_format": schema_format(NOWHERE[what]), "max_tokens": 20}
+    status, error = live.refused(CHAT, asked)
+    assert status == 400 and "response_format cannot be followed" in error["message"]
+
+
     for token in [None, *encode("so.>7"), server_model.EOS]:
         context += [] if token is None else [token]
         masked = follow(mx.array(context), mx.zeros((1, size)))

@@ -61,8 +61,7 @@ class Grammars:
             except ValueError as error:
                 raise Refused(400, f"response_format cannot be followed: {reason(error)}") from error
         matcher = LLMatcher(tokens, grammar, log_level=0)
-        if matcher.is_error():
-            raise Refused(400, f"response_format cannot be followed: {' '.join(matcher.get_error().split())[:300]}")
+        _require_sound(matcher)
         return Follow(matcher, self._tokenizer.think_end_tokens if thinks else None)
 
 
@@ -88,6 +87,12 @@ def schema_of(format: Any) -> dict[str, Any] | None:
     return schema
 
 
+def _require_sound(matcher: Any) -> None:
+    if matcher.is_error():
+        text = " ".join(matcher.get_error().partition("<state>")[0].split())[:300]
+        raise Refused(400, f"response_format cannot be followed: {text}")
+
+
 class Follow:
     """A logits processor: leaves those tokens that can go on. It belongs to one answer."""
 
@@ -95,9 +100,16 @@ class Follow:
         """after: tokens after which the schema begins; it begins at once without any."""
         self._matcher, self._after = matcher, after
         self._read: int | None = None  # tokens of the context that have been looked at
+        self._over = False  # all is written but the end of the text
 
     def __call__(self, context: mx.array, logits: mx.array) -> mx.array:
-        """context int (n,), logits (1, vocabulary) -> logits."""
+        """context int (n,), logits (1, vocabulary) -> logits.
+
+        Raises:
+            Refused: the schema is more than llguidance follows, as it finds on the way; it would end the answer.
+        """
+        if self._over:
+            return logits
         if self._read is not None:
             self._take(np.array(context).tolist())
         self._read = context.size
@@ -107,6 +119,8 @@ class Follow:
 
         words = allocate_token_bitmask(1, logits.shape[-1])
         fill_next_token_bitmask(self._matcher, words)
+        _require_sound(self._matcher)
+        self._over = self._matcher.is_stopped()
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.shape[-1]].astype(bool)
         return mx.where(mx.array(bits), logits, mx.array(-float("inf"), logits.dtype))
 
