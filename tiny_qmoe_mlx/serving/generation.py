@@ -43,7 +43,8 @@ class Asked(mlx_server.CompletionRequest):
 
     tokenized: what mlx-lm's `_tokenize` gives, the prompt's tokens first; most: tokens of KV cache that it may take;
     gone: whether its client has left; grammar: a logits processor that keeps the answer to a JSON schema, or None;
-    over: nobody waits for more of it. mlx-lm's thread takes it for the queue that it puts its words into.
+    written: tokens of which the client has not been told; over: nobody waits for more of it. mlx-lm's thread takes it
+    for the queue that it puts its words into.
     """
 
     tokenized: tuple[Any, ...] = ()
@@ -52,6 +53,7 @@ class Asked(mlx_server.CompletionRequest):
     grammar: Callable | None = None
     args: Any = None
     context: Any = None
+    written: list[Any] = field(default_factory=list)
     over: bool = False
     words: SimpleQueue = field(default_factory=SimpleQueue)
 
@@ -244,6 +246,7 @@ class Generation(mlx_server.ResponseGenerator):
         while (found := self._take(request)) is not None:
             if not isinstance(found, tuple):
                 self.counters.token()
+                request.written.append(found)
                 yield found
             elif progress is not None:
                 progress(*found)

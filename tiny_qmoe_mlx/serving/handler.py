@@ -8,7 +8,6 @@ import hmac
 import io
 import json
 import logging
-import math
 import select
 import socket
 import sys
@@ -22,7 +21,7 @@ from mlx_lm import server as mlx_server
 
 from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.library_errors import panics
-from tiny_qmoe_mlx.serving import bodies, callers, calls, checks, figures, openapi, paths, wire
+from tiny_qmoe_mlx.serving import bodies, callers, calls, checks, figures, logprobs, openapi, paths, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
 from tiny_qmoe_mlx.serving.prompt import too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
@@ -32,7 +31,6 @@ BODY_BYTES = 4 << 20
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
 DRAIN_S = 2.0  # of what was no request
 NOTHING = "there is nothing of this name here."
-NO_CHANCE = -9999.0
 SHARES = ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold")
 READ = b"{}"  # for mlx-lm, where the body has been read
 LOGGED = 200  # characters of a request in the log
@@ -183,6 +181,7 @@ class Handler(mlx_server.APIHandler):
             most = f" and max_tokens is {self.max_tokens}" if stated else ""
             raise too_long(f"{prompt} tokens{most}", limit)
         self.max_tokens = min(self.max_tokens, limit - prompt)
+        self._written = asked.written
         asked.most = prompt + self.max_tokens
         asked.grammar = self._grammar(tokenized[3] == "reasoning")
         return asked
@@ -287,12 +286,12 @@ class Handler(mlx_server.APIHandler):
         super().validate_model_parameters()
 
     def generate_response(self, *inputs: Any, **named: Any) -> dict[str, Any]:
-        """As mlx-lm's, with the logarithm of no probability as OpenAI writes it: JSON has no infinity."""
+        """As mlx-lm's, with the logarithms of what has been written since the last piece of a stream."""
         found = super().generate_response(*inputs, **named)
-        for token in found["choices"][0].get("logprobs", {}).get("content", ()):
-            for one in (token, *token.get("top_logprobs", ())):
-                if not math.isfinite(one.get("logprob", 0)):
-                    one["logprob"] = NO_CHANCE
+        if self.logprobs or self.top_logprobs > 0:
+            content = logprobs.content(self._written, self.generation.model_provider.tokenizer)
+            found["choices"][0]["logprobs"] = {"content": content}
+        self._written.clear()
         return found
 
     def handle_models_request(self) -> None:
