@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 from commands import linux
-from server_process import HEAD, TEXT, Server, least, serving
+from server_process import CHAT, HEAD, TEXT, Server, least, serving
 
 from tiny_qmoe_mlx.serving import bodies, checks
 from tiny_qmoe_mlx.serving.refusal import Refused
@@ -59,6 +59,37 @@ def test_a_request_that_waits_keeps_nothing_but_its_tokens(narrow, what):
         found = narrow.wait(lambda m: m["tiny_qmoe_requests_waiting"] > CLIENTS - 8)
         assert found["tiny_qmoe_resident_memory_bytes"] - before < 80 * MB  # 100 and more, were the bodies kept
     narrow.wait(lambda m: not m["tiny_qmoe_requests_active"] + m["tiny_qmoe_requests_waiting"])
+
+
+@linux
+def test_a_schema_that_waits_takes_little(narrow):
+    """Each as a matcher takes 11 MB."""
+    pytest.importorskip("llguidance")
+    texts = {f"k{i}": {"type": "string", "pattern": f"^[a-z]{{1,{i + 50}}}$"} for i in range(1100)}
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "properties": texts}}}
+    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
+    plain, data = json.dumps(asked).encode(), json.dumps({**asked, "response_format": form}).encode()
+    before = narrow.metrics()["tiny_qmoe_resident_memory_bytes"]
+    with ExitStack() as clients:
+        connected(narrow, clients, plain, len(plain))
+        for _ in range(12):
+            connected(narrow, clients, data, len(data))
+        found = narrow.wait(lambda m: m["tiny_qmoe_requests_waiting"] > 10)
+        assert found["tiny_qmoe_resident_memory_bytes"] - before < 60 * MB
+    narrow.wait(lambda m: not m["tiny_qmoe_requests_active"] + m["tiny_qmoe_requests_waiting"])
+    form["json_schema"]["schema"]["description"] = "x" * 70_000
+    status, error = narrow.refused(CHAT, {**asked, "response_format": form})
+    assert status == 400 and "a schema of at most 65536 characters" in error["message"]
+
+
+@linux
+def test_stop_words_are_forgotten_with_their_answer(narrow):
+    draw = random.Random(0)
+    before = narrow.metrics()["tiny_qmoe_resident_memory_bytes"]
+    for _ in range(30):
+        words = ["".join(draw.choices("abcdefgh ", k=checks.STOP_LENGTH)) for _ in range(checks.STOPS)]
+        narrow.get(TEXT, {"prompt": "x", "max_tokens": 1, "stop": words})
+    assert narrow.metrics()["tiny_qmoe_resident_memory_bytes"] - before < 30 * MB  # 75, were they kept
 
 
 def test_turns():

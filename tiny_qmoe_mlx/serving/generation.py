@@ -341,6 +341,13 @@ class Generation(mlx_server.ResponseGenerator):
     def _tokenize(self, tokenizer: Any, request: Asked, args: Any) -> tuple[Any, ...]:
         return copy.deepcopy(request.tokenized)  # mlx-lm takes its lists apart
 
+    def _make_state_machine(self, model_key: Any, tokenizer: TokenizerWrapper, stop_words: list[str]) -> Any:
+        """As mlx-lm's, which keeps a hundred of them: of stop words each takes megabytes."""
+        found = super()._make_state_machine(model_key, tokenizer, stop_words)
+        if stop_words:
+            self._state_machine_cache.pop((model_key, tuple(stop_words)), None)
+        return found
+
     def _next_request(self, timeout: float | None = None) -> tuple[Any, Asked, Any] | None:
         """The request whose turn it is, if it fits beside those being computed."""
         with self._changed:
