@@ -3,6 +3,7 @@
 import json
 import random
 import socket
+import sys
 import time
 from contextlib import ExitStack
 
@@ -10,7 +11,7 @@ import pytest
 from commands import linux
 from server_process import CHAT, HEAD, TEXT, Server, least, serving
 
-from tiny_qmoe_mlx.serving import bodies, checks
+from tiny_qmoe_mlx.serving import bodies, checks, prompt
 from tiny_qmoe_mlx.serving.refusal import Refused
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
@@ -107,6 +108,13 @@ def test_turns():
             pass
     with held.reading(max(bodies.TURNS)):
         pass
+
+
+def test_tokens_that_wait_are_packed():
+    tokens = (list(range(5000)), [list(range(4000)), list(range(4000, 5000))], ["user", "assistant"], "normal", None)
+    held = prompt.packed(tokens)
+    assert prompt.unpacked(held) == tokens and prompt.unpacked(held)[2] is not tokens[2]
+    assert sum(map(sys.getsizeof, (held[0], *held[1]))) < 10 * 5000  # where an int alone has 28 bytes
 
 
 def count(value: object) -> int:

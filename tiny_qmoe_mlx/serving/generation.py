@@ -2,7 +2,6 @@
 or whose client has gone gives its place to the next.
 """
 
-import copy
 import functools
 import logging
 import math
@@ -28,7 +27,7 @@ from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import calls, figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
 from tiny_qmoe_mlx.serving.bodies import Bodies
-from tiny_qmoe_mlx.serving.prompt import Measured
+from tiny_qmoe_mlx.serving.prompt import Measured, unpacked
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.vocabulary import check_ids
 
@@ -41,7 +40,7 @@ log = logging.getLogger("tiny_qmoe_mlx.server")
 class Asked(mlx_server.CompletionRequest):
     """A request with what has been found out about it before its turn.
 
-    tokenized: what mlx-lm's `_tokenize` gives, the prompt's tokens first; most: tokens of KV cache that it may take;
+    tokenized: as `packed` gives it, the prompt's tokens first; most: tokens of KV cache that it may take;
     gone: whether its client has left; grammar: a logits processor that keeps the answer to a JSON schema, or None;
     written: tokens of which the client has not been told; over: nobody waits for more of it. mlx-lm's thread takes it
     for the queue that it puts its words into.
@@ -339,7 +338,7 @@ class Generation(mlx_server.ResponseGenerator):
         return self.batch
 
     def _tokenize(self, tokenizer: Any, request: Asked, args: Any) -> tuple[Any, ...]:
-        return copy.deepcopy(request.tokenized)  # mlx-lm takes its lists apart
+        return unpacked(request.tokenized)
 
     def _make_state_machine(self, model_key: Any, tokenizer: TokenizerWrapper, stop_words: list[str]) -> Any:
         """As mlx-lm's, which keeps a hundred of them: of stop words each takes megabytes."""

@@ -23,7 +23,7 @@ from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.library_errors import panics
 from tiny_qmoe_mlx.serving import bodies, callers, calls, checks, figures, logprobs, openapi, paths, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
-from tiny_qmoe_mlx.serving.prompt import too_long
+from tiny_qmoe_mlx.serving.prompt import packed, too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.serving.schema import Grammars
 
@@ -174,7 +174,9 @@ class Handler(mlx_server.APIHandler):
         if request.tools and not self.generation.model_provider.tokenizer.has_tool_calling:
             raise Refused(400, "tools: mlx-lm knows no way in which this model calls any; leave them out.")
         tokenized = self.generation.tokens_of(request, self.chat_template_kwargs)
-        asked = Asked(request.request_type, "", [], calls.packed(request.tools), None, tokenized, gone=self._gone)
+        asked = Asked(
+            request.request_type, "", [], calls.packed(request.tools), None, packed(tokenized), gone=self._gone
+        )
         prompt, limit = len(tokenized[0]), self.generation.limit
         stated = {"max_tokens", "max_completion_tokens"}.intersection(self.body)
         if prompt >= limit or (stated and prompt + self.max_tokens > limit):
