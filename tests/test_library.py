@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import inspect
-import os
 import subprocess
 import sys
 import threading
@@ -13,16 +12,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_models
-from commands import ROOT, environment, linux
+from commands import ROOT, environment
 from mlx_lm.generate import BatchGenerator
 
 import tiny_qmoe_mlx
-from tiny_qmoe_mlx import footprint, native, runtime
+from tiny_qmoe_mlx import footprint, native
 from tiny_qmoe_mlx.container import open_model
 from tiny_qmoe_mlx.conversion.run import Settings, convert
 from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.layers import RecordExperts
-from tiny_qmoe_mlx.models import Streaming
 from tiny_qmoe_mlx.plan import plan
 
 SMALL = Settings(bits=3.0, sequences=8, sequence_tokens=64)
@@ -251,38 +249,6 @@ def test_a_closed_model_is_refused_in_one_sentence(made, share):
     ):
         with pytest.raises(ValueError, match=CLOSED):
             use()
-
-
-@needs_compiler
-def test_a_profile_is_written_where_it_was_named(made, tmp_path, monkeypatch):
-    """Also by a program that has gone to another directory meanwhile."""
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
-    model, tokenizer = tiny_qmoe_mlx.load(made("qwen3_moe"), streaming=Streaming(profile="use.json"))
-    tokens_of(model, tokenizer, count=2)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    model.close()
-    assert (tmp_path / "use.json").exists() and not (tmp_path / "elsewhere/use.json").exists()
-
-
-@needs_compiler
-@pytest.mark.parametrize("context", [0, -5, 1.5, "2048", None])
-def test_a_context_of_no_tokens_is_refused(made, context):
-    with pytest.raises(ValueError, match="context should be a whole number of tokens, at least 1"):
-        tiny_qmoe_mlx.load(made("qwen3_moe"), context=context)
-
-
-@linux
-@needs_compiler
-def test_a_pool_without_memory_leaves_no_file_open(made, monkeypatch):
-    def fail(*inputs):
-        raise MemoryError
-
-    before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(runtime, "ExpertCache", fail)
-    with pytest.raises(MemoryError):
-        tiny_qmoe_mlx.load(made("qwen3_moe"))
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @needs_compiler

@@ -62,9 +62,22 @@ def stream_generate(
     return stream(model, tokenizer, ids, **{"prefill_step_size": PREFILL_CHUNK, **options})
 
 
-def generate(model: "nn.Module", tokenizer: "TokenizerWrapper", prompt: str | Sequence[int], **options: Any) -> str:
-    """The text that `stream_generate` yields, whole."""
-    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
+def generate(
+    model: "nn.Module",
+    tokenizer: "TokenizerWrapper",
+    prompt: str | Sequence[int],
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """The text that `stream_generate` yields, whole; verbose: printed as it comes, too."""
+    pieces = []
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(response.text)
+        if verbose:
+            write(response.text)
+    if verbose:
+        print()
+    return "".join(pieces)
 
 
 def batch_generate(
