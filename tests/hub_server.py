@@ -150,7 +150,9 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, path: str, data: bytes) -> None:
         stored = re.fullmatch(r"/objects/([0-9a-f]{64})", path)
         if stored:
-            assert hashlib.sha256(data).hexdigest() == stored[1]
+            if hashlib.sha256(data).hexdigest() != stored[1]:  # as of a client that was killed while it sent
+                self._send(400, b"BadDigest")
+                return
             self.server.objects[stored[1]] = data
             self._send(200, b"")
             return

@@ -14,7 +14,7 @@ from tiny_qmoe_mlx import allocator
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 if sys.argv[1] == "fixed":
-    allocator.return_large_blocks()
+    allocator.keep_little()
 del_me = np.ones(30 << 20, np.uint8)
 del del_me  # after which glibc, left alone, keeps blocks of up to 30 MB in its heap
 before = resident()

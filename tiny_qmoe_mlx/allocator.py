@@ -3,6 +3,9 @@
 glibc's allocator gives blocks above a size a mapping of their own, and raises that size, up to 32 MB, with every one
 that is freed; what is smaller lies in a heap that shrinks at its end alone. After a batch a process held 200 MB that
 neither MLX nor Python knew of. With a fixed size they are gone when MLX's cache, which is limited, lets them go.
+
+It also gives threads heaps of their own, eight for a core, each with holes of its own: a server under load grew by
+10 MB in ten minutes, of which nothing was in use. With two it stays as it is, and is no slower.
 """
 
 import ctypes
@@ -11,17 +14,19 @@ import sys
 
 import mlx.core as mx
 
-M_MMAP_THRESHOLD = -3  # malloc.h
-OWN_MAPPING_BYTES = 256 << 10
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+OWN_MAPPING_BYTES, HEAPS = 256 << 10, 2
 
 
-def return_large_blocks() -> None:
-    """From now on; on Linux with glibc, elsewhere nothing is done."""
+def keep_little() -> None:
+    """Large blocks go back once they are free, and threads share two heaps, from now on; on Linux with glibc, elsewhere
+    nothing is done."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
+        mallopt(M_ARENA_MAX, HEAPS)
 
 
 def give_back() -> None:

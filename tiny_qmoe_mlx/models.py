@@ -174,7 +174,7 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)
-    allocator.return_large_blocks()
+    allocator.keep_little()
     if ops.on_gpu() and container.spec.codec in (CODEC, QMOE):  # MLX's own kernels compute the others
         for coding in {layer.coding for layer in container.spec.layers}:
             check_gpu(container.spec.length, coding)

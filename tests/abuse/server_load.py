@@ -6,8 +6,9 @@ Each prompt has a number of its own and a greedy answer that the library gave al
 that is lost, cut, crossed with another or computed wrongly does not equal it. Prompts where two tokens come within a
 rounding error of each other are left out, as a batch may choose the other.
 
-Memory is looked at each second: what a process holds has in it what is free and kept for the next call, so the medians
-of the first and the last third of the time are compared.
+Memory is looked at each second, once half as many seconds of the same load have filled buffers and caches: what a
+process holds has in it what is free and kept for the next call, so the medians of the first and the last third of the
+time are compared.
 """
 
 import argparse
@@ -215,7 +216,7 @@ def attack(folder: Path, model: Path, clients: int, seconds: float, seed: int, s
         draw = random.Random(seed)
         single = [once(load_clients.whole, server.port, question, draw) for question in asked]
         faults = [f"a single client: {reply.fault}" for reply in single if reply.fault]
-        crowd(server.port, asked, clients, seconds / 10, seed + 1)  # after which buffers and caches have their size
+        crowd(server.port, asked, clients, seconds / 2, seed + 1)  # after which buffers and caches have their size
         before, process = quiet(server, files)
         with watched(server.child.pid) as looks:
             groups = crowd(server.port, asked, clients, seconds, seed)
