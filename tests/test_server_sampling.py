@@ -33,3 +33,12 @@ def test_logarithms_are_those_of_the_tokens_that_were_written(client, alone, str
         assert [top.logprob for top in token.top_logprobs] == pytest.approx([known[i] for i in likeliest], abs=0.01)
         prompt = [*prompt, token.id]
     assert len(found) == 8
+
+
+def test_a_seed_is_its_own_requests_alone(live):
+    """What others draw after it does not repeat."""
+    asked, texts = {"prompt": "wind rain", "max_tokens": 12, "temperature": 1.0}, set()
+    for _ in range(3):
+        live.get(TEXT, {**asked, "seed": 7})
+        texts.add(live.get(TEXT, asked)["choices"][0]["text"])
+    assert len(texts) == 3

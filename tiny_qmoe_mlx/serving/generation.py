@@ -5,6 +5,7 @@ or whose client has gone gives its place to the next.
 import functools
 import logging
 import math
+import secrets
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import server as mlx_server
 from mlx_lm.models.cache import make_prompt_cache
@@ -385,6 +387,8 @@ class Generation(mlx_server.ResponseGenerator):
             bound(mlx_server.ResponseGenerator._serve_single, **SAMPLING)(self, request, stream)
         finally:
             self._alone = 0
+            if request[2].seed is not None:  # else the next ones would draw what this seed says
+                mx.random.seed(secrets.randbits(64))
 
 
 SAMPLING = {"_make_sampler": sampler, "_make_logits_processors": logits_processors}
