@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +233,22 @@ def test_a_client_that_dribbles_is_left(monkeypatch):
             received.readline(100_000)
         stopped.set()
         thread.join()
+
+
+def test_a_client_that_reads_slowly_gets_all(monkeypatch):
+    """Longer than a client may be silent, which it is not."""
+    monkeypatch.setattr(wire, "PIECE", 1 << 12)
+    near, far = socket.socketpair()
+    with near, far, ThreadPoolExecutor(1) as pool:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+        near.settimeout(2.0)
+        far.settimeout(20.0)
+        sent = pool.submit(wire.Sent(near).write, b"x" * (1 << 17))
+        got = 0
+        while got < 1 << 17:
+            time.sleep(0.1)
+            got += len(far.recv(1 << 12))
+        assert sent.result() == 1 << 17
 
 
 def test_a_schema_without_its_library_is_refused(monkeypatch, alone):

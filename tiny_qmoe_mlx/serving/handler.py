@@ -56,6 +56,7 @@ class Handler(mlx_server.APIHandler):
         super().setup()
         self.rfile.close()
         self._received = wire.Received(self.connection)
+        self.wfile = wire.Sent(self.connection)
         self.rfile = self._head = wire.Head(self._received)
 
     def do_GET(self) -> None:

@@ -17,6 +17,7 @@ from tiny_qmoe_mlx.serving.refusal import Refused
 SILENCE_S = 60.0  # a client that neither sends nor reads for so long is left
 HEAD_BYTES, HEAD_S = 128 << 10, 30.0  # of the request line and all headers
 BODY_S = 60.0
+PIECE = 1 << 15  # bytes that a client has to take within SILENCE_S
 LARGE_S, LARGE_RATE = 10.0, 80_000  # of a large body: seconds, and bytes that come for each one more
 
 
@@ -50,6 +51,22 @@ class Received(io.RawIOBase):
         if self._left < 0:
             raise LineTooLong("the request")
         return size
+
+
+class Sent(io.BufferedIOBase):
+    """A connection's way out, in pieces: a socket's timeout is for all that it is given at once, and a large answer may
+    take a slow client longer than that."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        for start in range(0, len(data), PIECE):
+            self._connection.sendall(data[start : start + PIECE])
+        return len(data)
 
 
 class Head(io.BufferedReader):
