@@ -102,8 +102,8 @@ class Pool {
         wake_.wait(lock, [&] { return current() != seen; });
         sleepers_.fetch_sub(1);
       }
+      seen = current();  // before the look at stop_: the end of the pool is no job, and no other comes after it
       if (stop_) return;
-      seen = current();
       take_items(seen, thread);
     }
   }
