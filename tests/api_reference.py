@@ -12,8 +12,8 @@ PAGE = Path(__file__).parents[1] / "docs/API.md"
 HEAD = """# Python
 
 Written from docstrings by `python tests/api_reference.py`. `import tiny_qmoe_mlx` is all that is public; nothing of it
-prints, and progress goes to a callback. Errors of files are `FormatError`, of memory `BudgetError`: both are
-`ValueError`s with one sentence.
+prints unless it is asked to (verbose), and progress goes to a callback. Errors of files are `FormatError`, of memory
+`BudgetError`: both are `ValueError`s with one sentence.
 """
 
 

@@ -2,11 +2,14 @@
 
 import socket
 from contextlib import nullcontext
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
+from commands import linux
 from server_process import CHAT, TEXT, serving
 
-from tiny_qmoe_mlx.serving import callers
+from tiny_qmoe_mlx.serving import callers, sockets
 from tiny_qmoe_mlx.serving.refusal import Refused
 
 pytest_plugins = ["command_fixtures", "server_fixtures"]
@@ -18,6 +21,8 @@ CALLERS = {
     "a page of another site": ({"Origin": "https://evil.example"}, 403),
     "a page from a file": ({"Origin": "null"}, 403),
     "a page of this machine": ({"Origin": "http://localhost:3000"}, 200),
+    "a path for a name": ({"Host": "localhost/evil.example"}, 403),
+    "a name before ours": ({"Host": "evil.example@localhost"}, 403),
     "this machine by name": ({"Host": "localhost:80"}, 200),
 }
 
@@ -72,6 +77,17 @@ def test_a_name_that_leads_here_is_no_name_of_ours(served):
         for name in ("box.example", f"192.168.1.7:{running.port}"):
             assert running.get("/v1/models", Host=name, Origin=f"http://{name}")["data"]
         assert b" 200 " in running.raw(b"GET /v1/models HTTP/1.0\r\n\r\n")
+
+
+@linux
+def test_an_address_that_belongs_to_one_link():
+    """IPv6 has many of the same name: the link's is part of it."""
+    rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    found = [(ip_address(int(row[0], 16)), row[5]) for row in rows if row[3] == "20"]
+    if not found:
+        pytest.skip("needs an IPv6 address of a link")
+    with sockets.Server("%".join(map(str, found[0])), 0) as listening:
+        assert listening.server_port > 0
 
 
 def test_a_browser_may_ask_first(live):

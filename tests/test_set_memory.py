@@ -108,6 +108,16 @@ def test_too_small_is_refused_with_the_smallest_that_works(converted, expected):
         assert written(loaded, tokenizer) == expected
 
 
+def test_a_closed_model_is_refused(converted):
+    """It would start a thread, and say yes to any size."""
+    low, high = bounds(converted)
+    loaded, _ = models.load(converted, high - 1, CONTEXT)
+    loaded.close()
+    with pytest.raises(ValueError, match="should be open, it has been closed"):
+        loaded.tiny_qmoe.set_memory(low)
+    assert loaded.tiny_qmoe.stats()["budget_bytes"] == high - 1
+
+
 def test_more_than_the_pool_was_made_for_is_refused(converted):
     low, high = bounds(converted)
     loaded, _ = models.load(converted, low, CONTEXT)

@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from tiny_qmoe_mlx import interrupts, process
 
-CLOSED = "[model] should be open, it has been closed; load it again."
-
 
 class Door:
     """Around each call of a model; any number of threads may be inside at once.
@@ -40,7 +38,7 @@ class Door:
     def _come_in(self) -> None:
         with self._changed:
             if not self._open:
-                raise ValueError(CLOSED)
+                raise ValueError("[model] should be open, it has been closed; load it again.")
             self._inside.append(threading.get_ident())
 
     def _leave(self) -> None:

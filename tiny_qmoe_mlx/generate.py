@@ -62,9 +62,22 @@ def stream_generate(
     return stream(model, tokenizer, ids, **{"prefill_step_size": PREFILL_CHUNK, **options})
 
 
-def generate(model: "nn.Module", tokenizer: "TokenizerWrapper", prompt: str | Sequence[int], **options: Any) -> str:
-    """The text that `stream_generate` yields, whole."""
-    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
+def generate(
+    model: "nn.Module",
+    tokenizer: "TokenizerWrapper",
+    prompt: str | Sequence[int],
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """The text that `stream_generate` yields, whole; verbose: printed as it comes, too."""
+    pieces = []
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(response.text)
+        if verbose:
+            write(response.text)
+    if verbose:
+        print()
+    return "".join(pieces)
 
 
 def batch_generate(
@@ -216,12 +229,14 @@ def decoding(tokenizer: Any, draft: Any, cache: Any, args: "argparse.Namespace")
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from tiny_qmoe_mlx import generate_options as options
+
     mx.random.seed(args.seed)
     penalty = args.repetition_penalty if args.repetition_penalty != 1 else None
     return {
         "max_tokens": args.max_tokens,
         "sampler": make_sampler(
-            args.temp,
+            0.0 if options.is_greedy(args.temp, args.top_p) else args.temp,
             top_p=args.top_p if args.top_p < 1 else 0.0,
             min_p=args.min_p,
             min_tokens_to_keep=args.min_tokens_to_keep,

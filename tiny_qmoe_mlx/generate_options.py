@@ -21,6 +21,7 @@ EXAMPLES = """
 """
 MANY = 1 << 20
 MOST_TEXT = 1 << 24  # characters that are read from standard input at once: more than any context holds
+COLDEST = 1e-6  # below it the likeliest token is alone, and float32 has no room for logits over the temperature
 RANGES = (
     ("max_tokens", 1, MANY),
     ("temp", 0, 100),
@@ -44,6 +45,12 @@ EXCLUDE = (
     ("system_prompt", "prompt_cache_file"),  # it would come before what the cache holds
 )
 TEMPLATE_OWN = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message")  # said by us
+
+
+def is_greedy(temperature: float, top_p: float) -> bool:
+    """Whether the likeliest token is the only one that may be chosen: mlx-lm would draw from all where the one or the
+    other vanishes in float32."""
+    return min(temperature, top_p) < COLDEST
 
 
 def parser() -> argparse.ArgumentParser:

@@ -151,8 +151,8 @@ def load(
     Raises:
         FormatError: the files are not a whole converted model.
         BudgetError: the budget is too small; the text names the smallest that works.
-        ValueError: this machine's GPU computes experts wrongly; the process is a fork of one that has loaded a model;
-            the context is no number of tokens.
+        ValueError: the context is no number of tokens; this machine's GPU computes experts wrongly; the process is a
+            fork of one that has loaded a model.
     """
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu
@@ -168,8 +168,8 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     """What comes before the weights: files, budget and GPU are checked, and what is freed goes back to the system;
     raises as `load`."""
     process.enter("load")
-    if type(context) is not int or context < 1:
-        raise ValueError(f"[load] context should be a number of tokens, 1 at least, received {context!r}.")
+    if not isinstance(context, int) or context < 1:  # fewer tokens would give the pool memory that others need
+        raise ValueError(f"[load] context should be a whole number of tokens, at least 1, received {context!r}.")
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
     mx.set_cache_limit(footprint.MLX_CACHE_BYTES)

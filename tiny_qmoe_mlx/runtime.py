@@ -1,6 +1,5 @@
 """What a loaded model holds beside its weights: files, a pool of experts, readers, a budget, and counters."""
 
-import os
 import resource
 import sys
 import weakref
@@ -15,7 +14,7 @@ from tiny_qmoe_mlx import budget as budgets
 from tiny_qmoe_mlx import lookahead as ahead
 from tiny_qmoe_mlx import ops, process
 from tiny_qmoe_mlx.container import Container
-from tiny_qmoe_mlx.door import CLOSED, Door
+from tiny_qmoe_mlx.door import Door
 from tiny_qmoe_mlx.layers import Memory, RecordExperts
 from tiny_qmoe_mlx.streaming import profile as profiles
 from tiny_qmoe_mlx.streaming import trace as traces
@@ -58,13 +57,18 @@ class Runtime:
     ):
         self.container = container
         self.budget, self._loaded_bytes = budget, budget.budget_bytes
-        if streaming.profile:  # written on closing, whatever the current directory is then
-            streaming = replace(streaming, profile=os.path.abspath(streaming.profile))
-        self.streaming = streaming
+        # of the directory that the process is in now: a program may leave it before the profile is written
+        profile = Path(streaming.profile).absolute() if streaming.profile else None
+        self.streaming = streaming = replace(streaming, profile=profile)
         warm = _warmest(container, budget, streaming)
         judge = ahead.Judge(streaming.lookahead)
+        self._door = door or Door()
         self.store = ExpertStore(container, [layer._kind for layer in layers], streaming.checks)
-        self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
+        try:
+            self.cache = ExpertCache(self.store, budget.slots, streaming.readers, budget.least_slots)
+        except BaseException:  # no memory for it
+            self.store.close()
+            raise
         self._pressure = Pressure(self.cache, budget.pool_bytes, budget.least_pool_bytes)
         # the threads know the cache alone: a model that is forgotten without `close` ends them, and frees the pool
         self._end = weakref.finalize(self, _end, door, self._pressure, self.cache)
@@ -92,10 +96,12 @@ class Runtime:
 
         Raises:
             BudgetError: too small, with the smallest that works; or more than the pool was made for. It is as it was.
-            ValueError: the model has been closed.
+            ValueError: the model has been closed; this is a fork of the process that it was loaded in.
         """
-        if not self._end.alive:
-            raise ValueError(CLOSED)
+        with self._door.call():
+            self._set_memory(memory)
+
+    def _set_memory(self, memory: str | int) -> None:
         cpu = mx.default_device() == mx.cpu
         asked = budgets.split(self.container, budgets.parse_memory(memory), self.budget.context, cpu)
         pools = self.cache.pools.items()

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from tiny_qmoe_mlx.serving.refusal import Refused
 
+NO_HOST = frozenset("/?#@\\ \t")  # what may end a host's name in a URL, or come before it: a name and a port have none
+
 
 def check(host: str, origin: str | None, listening: str, hosts: list[str], origins: list[str]) -> None:
     """Refuse what was sent to a name that is none of ours, or by a page that may not ask.
@@ -23,7 +25,7 @@ def check(host: str, origin: str | None, listening: str, hosts: list[str], origi
     Raises:
         Refused: with the option that would let it in.
     """
-    if host and not is_ours(host_of(f"//{host}").removesuffix("."), listening, hosts):
+    if NO_HOST.intersection(host) or host and not is_ours(host_of(f"//{host}").removesuffix("."), listening, hosts):
         raise Refused(403, f"this server was called {host[:80]!r}, which is no name of its own; see --allowed-host.")
     same = origin is not None and origin.partition("://")[2] == host
     if origin is not None and not (same or is_local(host_of(origin)) or {"*", origin}.intersection(origins)):

@@ -2,10 +2,10 @@
 or whose client has gone gives its place to the next.
 """
 
-import copy
 import functools
 import logging
 import math
+import secrets
 import threading
 import time
 from collections import deque
@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import server as mlx_server
 from mlx_lm.models.cache import make_prompt_cache
@@ -23,10 +24,12 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tiny_qmoe_mlx import footprint
+from tiny_qmoe_mlx.generate_options import is_greedy
 from tiny_qmoe_mlx.library_errors import panics
-from tiny_qmoe_mlx.serving import figures
+from tiny_qmoe_mlx.serving import calls, figures
 from tiny_qmoe_mlx.serving.batch import Batch, PromptCache, padded
-from tiny_qmoe_mlx.serving.prompt import Measured
+from tiny_qmoe_mlx.serving.bodies import Bodies
+from tiny_qmoe_mlx.serving.prompt import Measured, unpacked
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.vocabulary import check_ids
 
@@ -39,9 +42,10 @@ log = logging.getLogger("tiny_qmoe_mlx.server")
 class Asked(mlx_server.CompletionRequest):
     """A request with what has been found out about it before its turn.
 
-    tokenized: what mlx-lm's `_tokenize` gives, the prompt's tokens first; most: tokens of KV cache that it may take;
+    tokenized: as `packed` gives it, the prompt's tokens first; most: tokens of KV cache that it may take;
     gone: whether its client has left; grammar: a logits processor that keeps the answer to a JSON schema, or None;
-    over: nobody waits for more of it. mlx-lm's thread takes it for the queue that it puts its words into.
+    written: tokens of which the client has not been told; over: nobody waits for more of it. mlx-lm's thread takes it
+    for the queue that it puts its words into.
     """
 
     tokenized: tuple[Any, ...] = ()
@@ -50,6 +54,7 @@ class Asked(mlx_server.CompletionRequest):
     grammar: Callable | None = None
     args: Any = None
     context: Any = None
+    written: list[Any] = field(default_factory=list)
     over: bool = False
     words: SimpleQueue = field(default_factory=SimpleQueue)
 
@@ -57,8 +62,11 @@ class Asked(mlx_server.CompletionRequest):
         """The context of its generation comes first; then progress and tokens, None at the end, or an error."""
         if isinstance(word, mlx_server.GenerationContext):
             self.context = word
+            word.tool_parser = calls.parser(word.tool_parser)  # type: ignore[assignment]
             if self.over:
                 word.stop()
+        if isinstance(word, ConnectionError | TimeoutError):  # of a disk: it would read as the client's leaving
+            word = RuntimeError(reason(word))
         self.words.put(word)
 
     def fail(self, error: Exception) -> None:
@@ -117,7 +125,7 @@ def guarded(step: Callable, otherwise: Callable, fail: Callable[[Exception], Non
 
 def sampler(args: Any, tokenizer: TokenizerWrapper) -> Callable:
     """mlx-lm's for a request, which fails alone."""
-    if args.sampling.temperature == 0:
+    if is_greedy(args.sampling.temperature, args.sampling.top_p):
         return greedy_sampler  # as mlx-lm does, which calls a sampler of all requests once
     made = functools.cache(lambda: mlx_server._make_sampler(args, tokenizer))
     return guarded(lambda logprobs: made()(logprobs), greedy_sampler, args.fail)
@@ -136,7 +144,7 @@ class Generation(mlx_server.ResponseGenerator):
         directory, config, cache: the model's; the cache is of its experts.
         counters: of all requests.
         limit: most tokens of a request, prompt and answer.
-        large: held while a large request is read.
+        bodies: turns of what clients send.
         stopping: no new request is taken.
     """
 
@@ -155,7 +163,7 @@ class Generation(mlx_server.ResponseGenerator):
         self.counters = figures.Counters()
         self.limit = min(args.context, footprint.longest_context(config))
         self._measured: Any = Measured(provider.tokenizer, self.limit)
-        self.large = threading.BoundedSemaphore(2)
+        self.bodies = Bodies()
         self.stopping = False
         self.batch: Batch | None = None
         self.directory, self.config = directory, config
@@ -239,6 +247,7 @@ class Generation(mlx_server.ResponseGenerator):
         while (found := self._take(request)) is not None:
             if not isinstance(found, tuple):
                 self.counters.token()
+                request.written.append(found)
                 yield found
             elif progress is not None:
                 progress(*found)
@@ -331,7 +340,14 @@ class Generation(mlx_server.ResponseGenerator):
         return self.batch
 
     def _tokenize(self, tokenizer: Any, request: Asked, args: Any) -> tuple[Any, ...]:
-        return copy.deepcopy(request.tokenized)  # mlx-lm takes its lists apart
+        return unpacked(request.tokenized)
+
+    def _make_state_machine(self, model_key: Any, tokenizer: TokenizerWrapper, stop_words: list[str]) -> Any:
+        """As mlx-lm's, which keeps a hundred of them: of stop words each takes megabytes."""
+        found = super()._make_state_machine(model_key, tokenizer, stop_words)
+        if stop_words:
+            self._state_machine_cache.pop((model_key, tuple(stop_words)), None)
+        return found
 
     def _next_request(self, timeout: float | None = None) -> tuple[Any, Asked, Any] | None:
         """The request whose turn it is, if it fits beside those being computed."""
@@ -371,6 +387,8 @@ class Generation(mlx_server.ResponseGenerator):
             bound(mlx_server.ResponseGenerator._serve_single, **SAMPLING)(self, request, stream)
         finally:
             self._alone = 0
+            if request[2].seed is not None:  # else the next ones would draw what this seed says
+                mx.random.seed(secrets.randbits(64))
 
 
 SAMPLING = {"_make_sampler": sampler, "_make_logits_processors": logits_processors}

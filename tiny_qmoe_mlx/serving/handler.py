@@ -8,42 +8,32 @@ import hmac
 import io
 import json
 import logging
-import math
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 from mlx_lm import server as mlx_server
 
+from tiny_qmoe_mlx.errors import shown
 from tiny_qmoe_mlx.library_errors import panics
-from tiny_qmoe_mlx.serving import callers, checks, figures, openapi, wire
+from tiny_qmoe_mlx.serving import bodies, callers, calls, checks, figures, logprobs, openapi, paths, wire
 from tiny_qmoe_mlx.serving.generation import Asked, Generation
-from tiny_qmoe_mlx.serving.prompt import too_long
+from tiny_qmoe_mlx.serving.prompt import packed, too_long
 from tiny_qmoe_mlx.serving.refusal import Refused, reason
 from tiny_qmoe_mlx.serving.schema import Grammars
 
 BODY_BYTES = 4 << 20
-SMALL_BYTES = 256 << 10  # of larger bodies only a few are in memory at once
-LARGE_WAIT_S = 30.0  # until the turn of a large one
 DRAIN_BYTES = 32 << 20  # of a body that is refused: a client that still writes would not read why
 DRAIN_S = 2.0  # of what was no request
-PAGE = Path(__file__).parent / "page"
-KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
-PAGES = {  # looked up once: no name from a request ever reaches the file system
-    "/": ("index.html", "text/html; charset=utf-8"),
-    **{f"/page/{file.name}": (file.name, KINDS[file.suffix]) for file in PAGE.glob("*.*") if file.suffix in KINDS},
-}
-COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
-OWN = ("/health", "/metrics", "/experts", "/openapi.json", "/v1/models")
 NOTHING = "there is nothing of this name here."
-OPEN = ("/health", "/openapi.json", *PAGES)  # need no key
-POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
-NO_CHANCE = -9999.0
+SHARES = ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold")
+READ = b"{}"  # for mlx-lm, where the body has been read
+LOGGED = 200  # characters of a request in the log
 log = logging.getLogger("tiny_qmoe_mlx.server")
 
 
@@ -66,7 +56,8 @@ class Handler(mlx_server.APIHandler):
         super().setup()
         self.rfile.close()
         self._received = wire.Received(self.connection)
-        self.rfile = io.BufferedReader(self._received)
+        self.wfile = wire.Sent(self.connection)
+        self.rfile = self._head = wire.Head(self._received)
 
     def do_GET(self) -> None:
         self._guard(self._get)
@@ -86,7 +77,7 @@ class Handler(mlx_server.APIHandler):
         try:
             if self._received.ended:  # the library takes the end of what came for the end of the head
                 raise ConnectionAbortedError("the client left in mid-request")
-            wire.check_head(self.headers, self.request_version)
+            wire.check_head(self.headers, self.request_version, self._head.odd)
             self._unread = wire.body_length(self.headers, self.command == "POST")
             self._received.allow(wire.BODY_S, 2 * DRAIN_BYTES)
             self._check_caller()
@@ -97,15 +88,15 @@ class Handler(mlx_server.APIHandler):
             self._refuse(refused)
         except (ConnectionError, TimeoutError) as error:
             self.generation.counters.left()
-            log.info("%s %s: %s", self.command, self.path, reason(error))
+            log.info("%s: %s", self._asked, reason(error))
             self.close_connection = True
         except Exception as error:  # one request's trouble is not the server's
-            log.error("%s %s failed: %s %s", self.command, self.path, type(error).__name__, reason(error))
+            log.error("%s failed: %s %s", self._asked, type(error).__name__, reason(error))
             self._refuse(Refused(500, f"the request failed: {reason(error)}", "internal_error"))
 
     def _get(self) -> None:
-        if self.path in PAGES:
-            self._send_page(*PAGES[self.path])
+        if self.path in paths.PAGES:
+            self._send_page(*paths.PAGES[self.path])
         elif self.path == "/metrics":
             found = figures.rows(self.generation.stats(), self.generation.counters)
             self._send(figures.text(found).encode(), figures.CONTENT_TYPE)
@@ -121,38 +112,50 @@ class Handler(mlx_server.APIHandler):
 
     def _options(self) -> None:
         self.send_response(204)
-        self.send_header("Allow", ", ".join(methods(self.path)))
+        self.send_header("Allow", ", ".join(paths.methods(self.path)))
         self._set_cors_headers()
         self.end_headers()
 
     def _post(self) -> None:
         if self._unread > BODY_BYTES:
             raise Refused(413, f"a request should have at most {BODY_BYTES} bytes, it has {self._unread}.", "too_large")
-        with self._large() if self._unread > SMALL_BYTES else nullcontext():
-            body = self._checked_body()
-        data, connection = json.dumps(body).encode(), self.rfile  # mlx-lm reads it again
+        with ExitStack() as self._turns:
+            self._turns.enter_context(self.generation.bodies.reading(self._unread))
+            if self._unread > bodies.SMALL_BYTES:
+                self._received.allow(wire.LARGE_S, 2 * DRAIN_BYTES, wire.LARGE_RATE)
+            self._body = self._checked_body()
+            self._post_checked()
+
+    def _post_checked(self) -> None:
+        """mlx-lm's part, which takes the request from `body`."""
+        connection = self.rfile
         del self.headers["Content-Length"]
-        self.headers["Content-Length"] = str(len(data))
-        self.rfile = io.BytesIO(data)
+        self.headers["Content-Length"] = str(len(READ))
+        self.rfile = io.BytesIO(READ)
         try:
             super().do_POST()
         finally:
             self.rfile = connection
 
-    @contextmanager
-    def _large(self) -> Iterator[None]:
-        """The turn of a large body, of which few are in memory at once: it may not take long to come."""
-        if not self.generation.large.acquire(timeout=LARGE_WAIT_S):
-            message = "other large requests are being read; try again."
-            raise Refused(503, message, "server_busy", {"Retry-After": "10"})
-        try:
-            self._received.allow(wire.LARGE_S, 2 * DRAIN_BYTES, wire.LARGE_RATE)
-            yield
-        finally:
-            self.generation.large.release()
+    @property
+    def body(self) -> dict[str, Any]:
+        """The request's JSON, of which only what is answered is left."""
+        return self._body
+
+    @body.setter
+    def body(self, value: Any) -> None:
+        """mlx-lm would read it once more, and keep both."""
+
+    def _forget(self, request: Any) -> None:
+        """Of what was asked the tokens are left, and what reads calls of tools: many may wait for their turn."""
+        request.prompt, request.messages, request.tools, request.role_mapping = "", [], None, None
+        self._body, self.chat_template_kwargs = {}, None
+        self._turns.close()
 
     def _checked_body(self) -> dict[str, Any]:
-        body = checks.parse(self._read_body())
+        data = self._read_body()
+        self._turns.enter_context(self.generation.bodies.objects())
+        body = checks.parse(data)
         self._check_model(body)
         checks.check(body, self.grammars.vocabulary)
         checks.check_prompt(body, self.path.endswith("/chat/completions"))
@@ -162,6 +165,7 @@ class Handler(mlx_server.APIHandler):
         """As mlx-lm's, for a request that fits the budget, when its turn has come."""
         with self.generation.entered():
             asked = self._ask(request)
+            self._forget(request)
             try:
                 super().handle_completion(asked, stop_words)
             finally:
@@ -171,13 +175,16 @@ class Handler(mlx_server.APIHandler):
         if request.tools and not self.generation.model_provider.tokenizer.has_tool_calling:
             raise Refused(400, "tools: mlx-lm knows no way in which this model calls any; leave them out.")
         tokenized = self.generation.tokens_of(request, self.chat_template_kwargs)
-        asked = Asked(**vars(request), tokenized=tokenized, gone=self._gone)
+        asked = Asked(
+            request.request_type, "", [], calls.packed(request.tools), None, packed(tokenized), gone=self._gone
+        )
         prompt, limit = len(tokenized[0]), self.generation.limit
         stated = {"max_tokens", "max_completion_tokens"}.intersection(self.body)
         if prompt >= limit or (stated and prompt + self.max_tokens > limit):
             most = f" and max_tokens is {self.max_tokens}" if stated else ""
             raise too_long(f"{prompt} tokens{most}", limit)
         self.max_tokens = min(self.max_tokens, limit - prompt)
+        self._written = asked.written
         asked.most = prompt + self.max_tokens
         asked.grammar = self._grammar(tokenized[3] == "reasoning")
         return asked
@@ -194,11 +201,11 @@ class Handler(mlx_server.APIHandler):
         host, origin, args = self.headers.get("Host", ""), self.headers.get("Origin"), self.generation.cli_args
         callers.check(host, origin, args.host, args.allowed_host, args.allowed_origins)
         self._origin = origin or ""
-        if self.command != "OPTIONS" and self.path not in OPEN:
+        if self.command != "OPTIONS" and self.path not in paths.OPEN:
             self._check_key()
 
     def _check_method(self) -> None:
-        allowed = methods(self.path)
+        allowed = paths.methods(self.path)
         if not allowed:
             raise Refused(404, NOTHING)
         if self.command not in allowed:
@@ -226,7 +233,7 @@ class Handler(mlx_server.APIHandler):
     # ---- what they ask
 
     def _read_body(self) -> bytes:
-        small, parts = self._unread <= SMALL_BYTES, []
+        small, parts = self._unread <= bodies.SMALL_BYTES, []
         how = f"within {wire.BODY_S:g} s" if small else f"with at least {wire.LARGE_RATE} bytes a second"
         while self._unread:
             try:
@@ -275,17 +282,19 @@ class Handler(mlx_server.APIHandler):
     # ---- answers
 
     def validate_model_parameters(self) -> None:
-        """As mlx-lm's, for numbers given as whole ones too."""
-        self.xtc_probability, self.xtc_threshold = map(_as_float, (self.xtc_probability, self.xtc_threshold))
+        """As mlx-lm's, for numbers given as whole ones too: MLX keeps what it has compiled by a number's bits, and
+        takes the whole number 1 for 5e-324, which one client may send to spoil what all others sample."""
+        for name in SHARES:
+            setattr(self, name, _as_float(getattr(self, name)))
         super().validate_model_parameters()
 
     def generate_response(self, *inputs: Any, **named: Any) -> dict[str, Any]:
-        """As mlx-lm's, with the logarithm of no probability as OpenAI writes it: JSON has no infinity."""
+        """As mlx-lm's, with the logarithms of what has been written since the last piece of a stream."""
         found = super().generate_response(*inputs, **named)
-        for token in found["choices"][0].get("logprobs", {}).get("content", ()):
-            for one in (token, *token.get("top_logprobs", ())):
-                if not math.isfinite(one.get("logprob", 0)):
-                    one["logprob"] = NO_CHANCE
+        if self.logprobs or self.top_logprobs > 0:
+            content = logprobs.content(self._written, self.generation.model_provider.tokenizer)
+            found["choices"][0]["logprobs"] = {"content": content}
+        self._written.clear()
         return found
 
     def handle_models_request(self) -> None:
@@ -294,7 +303,7 @@ class Handler(mlx_server.APIHandler):
         if self.path == "/v1/models":
             self._send_json({"object": "list", "data": [one]})
             return
-        self._check_model({"model": self.path.removeprefix("/v1/models/")})
+        self._check_model({"model": unquote(self.path.removeprefix("/v1/models/"))})  # a client writes / as %2F
         self._send_json(one)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
@@ -310,7 +319,7 @@ class Handler(mlx_server.APIHandler):
         if error is None:
             raise Refused(status, NOTHING if status == 404 else "generation has stopped; start the server again.")
         if status != 400:
-            log.error("%s failed: %s %s", self.path, type(error).__name__, reason(error))
+            log.error("%s failed: %s %s", self._asked, type(error).__name__, reason(error))
             raise Refused(500, f"the answer could not be computed: {reason(error)}", "internal_error") from error
         raise Refused(400, reason(error)) from error
 
@@ -340,7 +349,7 @@ class Handler(mlx_server.APIHandler):
                 left -= len(data)
 
     def _send_page(self, name: str, kind: str) -> None:
-        self._send((PAGE / name).read_bytes(), kind, more={"Content-Security-Policy": POLICY})
+        self._send((paths.PAGE / name).read_bytes(), kind, more={"Content-Security-Policy": paths.POLICY})
 
     def _send_json(self, value: Any, status: int = 200) -> None:
         self._send(json.dumps(value).encode(), "application/json", status)
@@ -357,7 +366,7 @@ class Handler(mlx_server.APIHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the HTTP library refuses by itself; how much is still to come is not known."""
-        self._unread = DRAIN_BYTES
+        self._unread, self.request_version = DRAIN_BYTES, "HTTP/1.0"  # which has a status, whatever it was
         self._received.allow(DRAIN_S, 2 * DRAIN_BYTES)
         self._refuse(Refused(code, message or "the request is not HTTP as this server speaks it."))
         self.close_connection = True
@@ -369,18 +378,15 @@ class Handler(mlx_server.APIHandler):
         """The status goes out, and is counted: mlx-lm says 200 when it begins, before an answer may fail."""
         super().end_headers()
         self.generation.counters.status(self._status)
-        log.info("%s %s %d", self.command, getattr(self, "path", ""), self._status)
+        log.info("%s %d", self._asked, self._status)
+
+    @property
+    def _asked(self) -> str:
+        """Method and path for the log: bytes of a stranger's, which a terminal might obey."""
+        return shown(f"{self.command} {getattr(self, 'path', '').partition('?')[0]}", LOGGED)
 
     def log_message(self, format: str, *values: Any) -> None:
-        log.info(format, *values)
-
-
-def methods(path: str) -> tuple[str, ...]:
-    """What may be done with a path; nothing where there is none of this name."""
-    if path in COMPLETIONS:
-        return ("POST", "OPTIONS")
-    known = path in OWN or path in PAGES or path.startswith("/v1/models/")
-    return ("GET", "HEAD", "OPTIONS") if known else ()
+        log.info("%s", shown(format % values, LOGGED))
 
 
 def _as_float(value: Any) -> Any:

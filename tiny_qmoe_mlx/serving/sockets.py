@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = found[0]
-            super().__init__(address[:2], None)  # type: ignore[arg-type]
+            super().__init__(address, None)  # type: ignore[arg-type]  # of IPv6 with the link's number
         except (OSError, UnicodeError) as error:
             raise ValueError(_why(host, port, error)) from error
 

@@ -1,7 +1,7 @@
 """What a client sends, before it is understood: how much of it, until when, and where a request ends.
 
 One connection carries one request (HTTP/1.0), so nothing can hide behind a request's end; a head that another server
-between might read otherwise is refused all the same (RFC 9112, sections 3.2, 5.1 and 6.3).
+between might read otherwise is refused all the same (RFC 9112, sections 2.2, 3.2, 5.1, 5.2 and 6.3).
 """
 
 import io
@@ -17,6 +17,7 @@ from tiny_qmoe_mlx.serving.refusal import Refused
 SILENCE_S = 60.0  # a client that neither sends nor reads for so long is left
 HEAD_BYTES, HEAD_S = 128 << 10, 30.0  # of the request line and all headers
 BODY_S = 60.0
+PIECE = 1 << 15  # bytes that a client has to take within SILENCE_S
 LARGE_S, LARGE_RATE = 10.0, 80_000  # of a large body: seconds, and bytes that come for each one more
 
 
@@ -52,17 +53,47 @@ class Received(io.RawIOBase):
         return size
 
 
-def check_head(headers: Message, version: str) -> None:
+class Sent(io.BufferedIOBase):
+    """A connection's way out, in pieces: a socket's timeout is for all that it is given at once, and a large answer may
+    take a slow client longer than that."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        for start in range(0, len(data), PIECE):
+            self._connection.sendall(data[start : start + PIECE])
+        return len(data)
+
+
+class Head(io.BufferedReader):
+    """A connection's lines. odd: one of them goes on from the one before, or holds what the library would take for the
+    end of a line, or of a text (RFC 9112, sections 2.2 and 5.2; RFC 9110, section 5.5)."""
+
+    odd = False
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        inside = line.removesuffix(b"\n").removesuffix(b"\r")
+        self.odd |= line.startswith((b" ", b"\t")) or b"\r" in inside or b"\0" in inside
+        return line
+
+
+def check_head(headers: Message, version: str, odd: bool) -> None:
     """Refuse a head that two servers could read in two ways.
 
     Args:
         headers: of the request.
         version: "HTTP/1.1" or another.
+        odd: whether some line is, as `Head` says.
 
     Raises:
         Refused: with what is wrong.
     """
-    if headers.defects or headers.get_payload():
+    if odd or headers.defects or headers.get_payload():
         raise Refused(400, "each header should be a line of a name, a colon and a value; one is not.")
     for name in ("Host", "Content-Length", "Transfer-Encoding"):
         if len(headers.get_all(name, [])) > 1:

@@ -1,6 +1,8 @@
 // Text of a message: lines as they are, fenced code in blocks. Nothing is read as HTML.
 "use strict";
 
+const FENCE = /^\s*(`{3,}|~{3,}(?!~))\s*([^`\s]*)(?:\s[^`]*)?$/; // one way to match any line: a long one takes no time
+
 /** Split text at code fences -> [{ code: language or null, text }]; an open fence reaches to the end. */
 function blocks(text) {
   const found = [];
@@ -11,7 +13,7 @@ function blocks(text) {
     held = [];
   };
   for (const line of text.split("\n")) {
-    const mark = /^\s*(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/.exec(line);
+    const mark = FENCE.exec(line);
     if (mark && code === null) {
       close();
       [code, fence] = [mark[2], mark[1]];
