@@ -349,6 +349,7 @@ def test_reports_that_cannot_be(model, checkpoint, here, tmp_path):
     assert "--report should have --against" in refusal(here("evaluate", "--model", model, "--report"))
     line = ("evaluate", "--report", "--against", checkpoint)
     assert "--tasks of at least 0" in refusal(here(*line, "--model", model, "--tasks", -1))
+    assert "leave it out" in refusal(here(*line, "--model", model, "--memory", "1GB"))
     assert "unconverted checkpoint" in refusal(here(*line, "--model", checkpoint))
     assert "is converted already" in refusal(here("evaluate", "--report", "--model", model, "--against", model))
     assert "[text]" in refusal(here(*line, "--model", model, "--text", tmp_path / "none.txt"))

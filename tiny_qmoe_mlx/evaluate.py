@@ -70,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tasks", type=int, default=40, help="tasks of a kind with --report; 0 for none (default 40)")
     p.add_argument(
-        "--memory", default="auto", metavar="6GB|60%|auto", help="budget of the converted model (default auto)"
+        "--memory",
+        default="auto",
+        metavar="6GB|60%|auto",
+        help="budget of the converted model (default auto; not with --report)",
     )
     terminal.add_quiet(p)
     terminal.add_json(p)
@@ -129,6 +132,11 @@ def _config(args: argparse.Namespace, quiet: bool) -> dict[str, Any]:
 def _report(args: argparse.Namespace, quiet: bool) -> int:
     if not args.against or args.tasks < 0:
         raise ValueError("[evaluate] --report should have --against with the original, and --tasks of at least 0.")
+    if args.memory != "auto":
+        raise ValueError(
+            f"[evaluate] --report takes what the machine has beside the original, received --memory {args.memory}; "
+            "leave it out."
+        )
     from tiny_qmoe_mlx.original import checkpoint
     from tiny_qmoe_mlx.report import write as report
 
