@@ -191,11 +191,16 @@ def test_a_stopped_conversion_goes_on_with_the_same_bytes(made, checkpoint, text
             assert path.read_bytes() == (directory / path.name).read_bytes(), path.name
 
 
-def test_a_spool_that_a_kill_left_does_not_stay(checkpoint, tmp_path):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / ".partial-records").write_bytes(b"half")
-    out = convert(checkpoint, tmp_path / "out", Settings(calibration="none", codec="qmoe", bits=1.5))
+def test_a_spool_that_a_kill_left_does_not_stay(checkpoint, tmp_path, monkeypatch):
+    def kill(*inputs: object) -> None:
+        raise KeyboardInterrupt
+
+    settings = Settings(calibration="none", codec="qmoe", bits=1.5)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(conversion_layer, "qmoe_records", kill)
+        convert(checkpoint, tmp_path / "out", settings)
+    (tmp_path / "out.partial" / ".partial-records").write_bytes(b"half")
+    out = convert(checkpoint, tmp_path / "out", settings)
     assert not any(p.name.startswith(".partial") for p in out.iterdir())
 
 

@@ -152,5 +152,5 @@ def test_pressure_goes_on_from_the_new_size(converted):
 
 @pytest.mark.parametrize("context", [0, -1, 1.5, "5", None, True])
 def test_a_context_is_a_number_of_tokens(converted, context):
-    with pytest.raises(ValueError, match=r"^\[load\] context should be a number of tokens, 1 at least, received"):
+    with pytest.raises(ValueError, match=r"^\[load\] context should be a whole number of tokens, at least 1, received"):
         models.load(converted, context=context)

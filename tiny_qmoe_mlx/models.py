@@ -168,7 +168,7 @@ def prepare(directory: Path, memory: str | int, context: int, cpu: bool) -> tupl
     """What comes before the weights: files, budget and GPU are checked, and what is freed goes back to the system;
     raises as `load`."""
     process.enter("load")
-    if not isinstance(context, int) or context < 1:  # fewer tokens would give the pool memory that others need
+    if type(context) is not int or context < 1:  # fewer tokens would give the pool memory that others need
         raise ValueError(f"[load] context should be a whole number of tokens, at least 1, received {context!r}.")
     container = open_model(directory, hash_files=True)
     budget = budgets.split(container, budgets.parse_memory(memory), context, cpu)
