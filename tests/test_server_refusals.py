@@ -79,6 +79,7 @@ BODIES = {
     "an image": (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, 400, "text alone"),
     "content as number": (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "content"),
     "tool_calls as text": (CHAT, {"messages": [{"role": "assistant", "tool_calls": "x"}]}, 400, "tool_calls"),
+    "tool_calls as 0": (CHAT, {"messages": [{"role": "assistant", "tool_calls": 0}]}, 400, "tool_calls"),
     "arguments that are no JSON": (
         CHAT,
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},

@@ -194,7 +194,7 @@ def _check_content(message: dict[str, Any]) -> None:
     parts = content if isinstance(content, list) else []
     if not (content is None or isinstance(content, str | list)) or not all(_is_text_part(part) for part in parts):
         _refuse("content", 'a text or a list of {"type": "text", "text": ...}: this server reads text alone', content)
-    calls = message.get("tool_calls") or []
+    calls = [] if message.get("tool_calls") is None else message["tool_calls"]
     if not isinstance(calls, list) or not all(
         isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls
     ):
