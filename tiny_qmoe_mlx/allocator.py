@@ -5,11 +5,10 @@ that is freed; what is smaller lies in a heap that shrinks at its end alone. Aft
 neither MLX nor Python knew of. With a fixed size they are gone when MLX's cache, which is limited, lets them go.
 
 It also gives threads heaps of their own, eight for a core, each with holes of its own: a server under load grew by
-10 MB in ten minutes, of which nothing was in use. With two it stays as it is, and is no slower.
+10 MB in ten minutes, of which nothing was in use; with two it soon stays as it is (benchmarks/LOG.md).
 """
 
 import ctypes
-import gc
 import sys
 
 import mlx.core as mx
@@ -30,12 +29,11 @@ def keep_little() -> None:
 
 
 def give_back() -> None:
-    """What is free goes back to the system: on Linux with glibc, and on macOS.
+    """What is free goes back to the system: on Linux with glibc, and on macOS (never run there).
 
-    A tokenizer is made of a hundred times as many small blocks as are left of it: Gemma's (262,144 tokens) held 449 MB,
-    of which 122 were its own.
+    Most of what making a tokenizer takes is free afterwards, between blocks that stay: Gemma's (262,144 tokens) held
+    449 MB, of which 122 were its own (benchmarks/LOG.md).
     """
-    gc.collect()
     library = ctypes.CDLL(None)
     if trim := getattr(library, "malloc_trim", None):
         trim(ctypes.c_size_t(0))

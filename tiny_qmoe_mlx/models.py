@@ -3,6 +3,7 @@
 `load` is the one way in: it checks the files, splits the budget, and connects the layers with the pool.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -157,7 +158,9 @@ def load(
     directory = checkpoint.find_directory(str(path))
     cpu = mx.default_device() == mx.cpu
     container, budget = prepare(directory, memory, context, cpu)
-    tokenizer = tokenizer or open_tokenizer(directory)  # before the weights: making one takes five times its memory
+    tokenizer = tokenizer or open_tokenizer(
+        directory
+    )  # before the weights: making one takes three to six times its memory
     with weights_of(directory):
         model = _build(directory, container, cpu)
     attach(model, container, budget, streaming, progress)
@@ -265,6 +268,7 @@ def finish(model: nn.Module, cpu: bool) -> None:
     use_cpu_kernels(model)
     mx.eval(model.parameters())
     allocator.forget_draws()
+    gc.collect()
     mx.clear_cache()
     allocator.give_back()
 

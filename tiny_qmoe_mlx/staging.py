@@ -84,7 +84,7 @@ def _new_file(path: Path) -> int:
     while True:
         if path.is_symlink():  # never ours, and whoever writes would follow it
             path.unlink()
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         held = _is_held(handle) and _is_at(path, handle)  # else another process has given it its own name meanwhile
         if held and not os.fstat(handle).st_size:
             return handle

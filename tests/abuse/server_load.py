@@ -33,6 +33,7 @@ from server_process import Server, chat, least, serving
 import tiny_qmoe_mlx
 from abuse import load_clients, record, served_model
 from abuse.load_clients import CHAT, KEY, TEXT, Question, Reply, once
+from abuse.soak import thirds
 
 PROMISE = "Under load each client gets its own whole answer or a refusal that says when to come back."
 CONTEXT, QUEUE, GRACE_S = 2048, 40, 60
@@ -245,12 +246,6 @@ def quiet(server: Server, files: int) -> tuple[dict[str, float], Held]:
     metrics = server.metrics()
     assert metrics["tiny_qmoe_requests_active"] == metrics["tiny_qmoe_requests_waiting"] == 0, metrics
     return metrics, found
-
-
-def thirds(sizes: list[int]) -> tuple[int, int]:
-    """The medians of the first and of the last third."""
-    count = max(1, len(sizes) // 3)
-    return round(statistics.median(sizes[:count])), round(statistics.median(sizes[-count:]))
 
 
 def grown(before: Held, after: Held, looks: list[int], metrics: dict[str, float]) -> list[str]:

@@ -266,7 +266,7 @@ class Soak:
 def grown(samples: list[Sample], settled: int) -> list[str]:
     """What has grown, after `settled` tokens, by more than it may."""
     start, *later = [s for s in samples if s.tokens >= settled]
-    before, after = thirds([start, *later])
+    before, after = thirds([s.bytes for s in (start, *later)])
     faults = (
         [] if after <= (1 + ALLOWED) * before else [f"resident: {before} bytes in the first third, {after} in the last"]
     )
@@ -283,11 +283,10 @@ def grown(samples: list[Sample], settled: int) -> list[str]:
     return faults
 
 
-def thirds(samples: list[Sample]) -> tuple[int, int]:
-    """The medians of memory in the first and in the last third."""
-    count = max(1, len(samples) // 3)
-    first, last = (statistics.median(s.bytes for s in part) for part in (samples[:count], samples[-count:]))
-    return round(first), round(last)
+def thirds(sizes: list[int]) -> tuple[int, int]:
+    """The medians of the first and of the last third."""
+    count = max(1, len(sizes) // 3)
+    return round(statistics.median(sizes[:count])), round(statistics.median(sizes[-count:]))
 
 
 def spread(samples: list[Sample]) -> tuple[float, float]:
@@ -312,7 +311,7 @@ def figures(found: Soak, settled: int) -> dict[str, Any]:
     start, *later = [s for s in found.samples if s.tokens >= settled]
     last, looks = later[-1], [start, *later]
     least, most = spread(looks)
-    ends = [size / 1e6 for size in thirds(looks)]
+    ends = [size / 1e6 for size in thirds([s.bytes for s in looks])]
     kept = [(s.kept_bytes or 0) / 1e6 for s in (start, last)]
     return {
         "tokens": found.written,
