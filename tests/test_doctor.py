@@ -33,6 +33,12 @@ def test_this_machine_is_right_and_the_record_says_so(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]  # the probe's file is gone
 
 
+def test_a_record_that_cannot_be_written_is_refused_before_minutes_of_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", None)
+    status, shown = run(tmp_path, capsys, "--record", str(tmp_path / "none" / "record.json"))
+    assert status == 1 and "--record should name a file in a directory that exists" in shown.err
+
+
 def test_a_wrong_kernel_is_named_and_fails(tmp_path, capsys, monkeypatch):
     true = native.gather_moe
     monkeypatch.setattr(native, "gather_moe", lambda *args, **options: true(*args, **options) * 1.001)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_qmoe_mlx import terminal
+from tiny_qmoe_mlx.generate_options import require_writable
 from tiny_qmoe_mlx.staging import check_space, write_named
 
 EXAMPLES = """
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if not Path(args.folder).is_dir():
         raise ValueError(f"[doctor] --folder should be a directory, received {args.folder}.")
+    require_writable("--record", args.record)
     with terminal.Bars(args.quiet or args.json) as bars:
         found = examine(Path(args.folder), args.quick, bars)
     if args.record:
